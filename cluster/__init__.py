@@ -1,0 +1,1 @@
+"""Ray appears here: the Serve application, its ingress and router, and the command line."""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP protocol: parsing, errors, framing. No Ray, no engine state."""

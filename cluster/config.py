@@ -1,0 +1,160 @@
+"""The one configuration tree: YAML in, checked values out, every error naming its key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenflow.cluster.limits import Limits
+from tokenflow.replicas.config import EngineConfig
+from tokenflow.replicas.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """What is served."""
+
+    path: str | None = Field(
+        default=None,
+        description="A local Hugging Face model directory; null = the embedded model.",
+    )
+    served_name: str | None = Field(
+        default=None, min_length=1, description="The name clients use; null = the folder's name."
+    )
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.path).expanduser() if self.path else embedded_model()
+
+    @property
+    def name(self) -> str:
+        return self.served_name or self.directory.resolve().name
+
+
+class KVStoreConfig(_Section):
+    """The node's KV store."""
+
+    host_kv_gib: float | None = Field(
+        default=None,
+        ge=0,
+        description="Host memory for KV per node, GiB; 0 = none, null = a safe share of what is "
+        "free.",
+    )
+
+
+class ReplicasConfig(_Section):
+    """The replica actors."""
+
+    count: int = Field(default=1, ge=1, le=1024)
+    gpus_each: float | None = Field(
+        default=None, ge=0, description="null = 1 where the cluster has GPUs, else 0."
+    )
+    cpus_each: float = Field(default=0, ge=0, description="CPUs Ray reserves for a replica.")
+
+
+class IngressConfig(_Section):
+    """The HTTP and gRPC front."""
+
+    count: int = Field(default=1, ge=1, le=256, description="Ingress processes.")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int = Field(default=9000, ge=1, le=65535)
+    coalesce_delay_s: float = Field(
+        default=0.25,
+        ge=0,
+        le=5,
+        description="Longest time a token waits to share a message with the next ones; only for "
+        "readers whose buffer is comfortable.",
+    )
+    failover_timeout_s: float = Field(
+        default=60, gt=0, description="How long a stream waits for a replica after losing its own."
+    )
+
+
+class ClusterConfig(_Section):
+    """Everything `tokenflow serve --config FILE` reads."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    kvstore: KVStoreConfig = KVStoreConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    ingress: IngressConfig = IngressConfig()
+    limits: Limits = Limits()
+
+
+def embedded_model() -> Path:
+    """The directory of the model that ships in the package."""
+    import tokenflow.replicas
+
+    return Path(tokenflow.replicas.__path__[0]) / "models" / "tokenflow-books"
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+    """Read a YAML file (None = defaults) and apply overrides keyed by dotted names.
+
+    Raises ConfigError naming the file and the key that is wrong.
+    """
+    tree: dict[str, Any] = {}
+    where = "the configuration"
+    if path is not None:
+        where = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold a mapping of sections, not {type(loaded).__name__}.")
+        tree = loaded or {}
+    for dotted, value in (overrides or {}).items():
+        node = tree
+        *parents, leaf = dotted.split(".")
+        for key in parents:
+            child = node.get(key)
+            if child is None:
+                child = node[key] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{where}: {key} must be a mapping.")
+            node = child
+        node[leaf] = value
+    return parse_config(tree, where)
+
+
+def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> ClusterConfig:
+    """Check a configuration tree. Raises ConfigError naming every wrong key."""
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(item) for item in error.errors())
+        raise ConfigError(f"{where}: {problems}") from None
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key} ({hint})"
+    return f"{key}: {item['msg']}, got {item['input']!r}"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = ClusterConfig
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,224 @@
+"""A whole cluster on this machine: what `tokenflow serve`, the demo and the tests start and stop.
+
+Uses the Ray cluster that is running, or starts its own and takes it down again. Checks everything
+that can be checked before any replica starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tokenflow.cluster.config import ClusterConfig
+from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.executor.checkpoint import ModelSpec
+from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks before start found out."""
+
+    spec: ModelSpec
+    device: str
+    num_blocks: int
+    gpus_each: float
+
+
+def preflight(config: ClusterConfig) -> Preflight:
+    """Check model, memory and ports. Raises CheckpointError or ConfigError, one sentence each."""
+    device = resolve_device(config.engine.device)
+    spec = inspect_model(config.model.directory, config.engine, device)
+    gpus_each = config.replicas.gpus_each
+    if gpus_each is None:
+        gpus_each = 1.0 if device.startswith("cuda") else 0.0
+    sharers = config.replicas.count if gpus_each == 0 else 1
+    blocks = plan_blocks(
+        spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
+    )
+    for key, port in (
+        ("ingress.port", config.ingress.port),
+        ("ingress.grpc_port", config.ingress.grpc_port),
+    ):
+        _check_port(key, config.ingress.host, port)
+    if config.ingress.port == config.ingress.grpc_port:
+        raise ConfigError("ingress.port and ingress.grpc_port must differ.")
+    return Preflight(spec, device, blocks, gpus_each)
+
+
+def _check_port(key: str, host: str, port: int) -> None:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}.") from None
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class LocalCluster:
+    """Starts a cluster and serves one application at a time on it. A context manager.
+
+    `serve` may be called again with another configuration (same ports): the application is
+    replaced.
+    """
+
+    def __init__(self, config: ClusterConfig, *, env: dict[str, str] | None = None) -> None:
+        self.config = config
+        self._env = env or {}
+        self._own_ray = False
+        self._serving = False
+        self._deployed = False
+        self._scratch: Path | None = None
+
+    @property
+    def url(self) -> str:
+        host = self.config.ingress.host
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        return f"http://{shown}:{self.config.ingress.port}"
+
+    @property
+    def grpc_target(self) -> str:
+        return f"127.0.0.1:{self.config.ingress.grpc_port}"
+
+    def start(self) -> None:
+        """Start Ray (when none runs) and Serve's HTTP and gRPC fronts."""
+        self._scratch = Path(tempfile.mkdtemp(prefix="tokenflow-"))
+        self._set_environment(self._scratch)
+        import ray
+        from ray import serve
+        from ray.serve.config import HTTPOptions, gRPCOptions
+
+        from tokenflow.cluster.app import GRPC_SERVICERS
+
+        if not ray.is_initialized():
+            self._own_ray = self._init_ray()
+        serve.start(
+            http_options=HTTPOptions(
+                host=self.config.ingress.host,
+                port=self.config.ingress.port,
+                request_timeout_s=None,
+            ),
+            grpc_options=gRPCOptions(
+                port=self.config.ingress.grpc_port, grpc_servicer_functions=GRPC_SERVICERS
+            ),
+        )
+        self._serving = True
+
+    def _init_ray(self) -> bool:
+        """Connect to a running Ray, or start one; True when it is ours."""
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", **options)
+            return False
+        try:
+            ray.init(address="auto", **options)
+            return False
+        except ConnectionError:
+            pass
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(8, os.cpu_count() or 1),
+            object_store_memory=128 << 20,
+            _node_ip_address="127.0.0.1" if self._loopback else None,
+            **options,
+        )
+        return True
+
+    @property
+    def _loopback(self) -> bool:
+        return self.config.ingress.host in ("127.0.0.1", "localhost")
+
+    def _set_environment(self, scratch: Path) -> None:
+        """Serve reads these in the processes that Ray starts; what the user has set wins."""
+        haproxy = scratch / "haproxy"
+        values = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Two clusters on one machine must not share sockets or ports.
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        }
+        haproxy.mkdir()
+        if self._loopback:
+            # Keeps Ray on 127.0.0.1 instead of the first network interface.
+            values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        values.update(self._env)
+        for key, value in values.items():
+            os.environ.setdefault(key, value)
+
+    def serve(self, config: ClusterConfig | None = None) -> None:
+        """Deploy the application and return when it answers."""
+        from ray import serve
+
+        from tokenflow.cluster.app import APP_NAME, build_app
+        from tokenflow.kvstore.actor import shutdown_stores
+
+        if self._deployed:
+            # The next application may have another model: its store starts afresh.
+            serve.delete(APP_NAME)
+            shutdown_stores()
+        self.config = config or self.config
+        gpus = self.config.replicas.gpus_each
+        if gpus is None:
+            gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
+        serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")
+        self._deployed = True
+
+    def stop(self) -> None:
+        """Take everything down that `start` and `serve` brought up."""
+        import ray
+
+        if ray.is_initialized():
+            from ray import serve
+
+            from tokenflow.kvstore.actor import shutdown_stores
+
+            if self._serving:
+                serve.shutdown()
+            shutdown_stores()
+            if self._own_ray:
+                ray.shutdown()
+        self._serving = self._deployed = self._own_ray = False
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

@@ -1,0 +1,64 @@
+"""What this process knows of the replicas: shared by the router (its own thread) and the ingress.
+
+Serve pickles the router class by value, so state lives in this module, imported where it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from tokenflow.cluster.routing import Load, rank
+
+
+class ReplicaRegistry:
+    """Live replicas, and this process's own work on each, exactly. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._replicas: tuple[str, ...] = ()
+        self._loads: dict[str, Load] = {}
+        self._assigned: dict[str, tuple[str, float]] = {}
+
+    def update(self, replica_ids: Iterable[str]) -> None:
+        """Serve's present set of running replicas."""
+        with self._lock:
+            self._replicas = tuple(sorted(replica_ids))
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return self._replicas
+
+    def assign(self, request_id: str, rate: float, candidates: Iterable[str]) -> list[str]:
+        """Rank the candidates for a request and count it on the best one from now on.
+
+        Counting at the moment of choice keeps a burst from landing on one replica.
+        """
+        with self._lock:
+            self._remove(request_id)
+            order = rank(candidates, self._loads)
+            if order:
+                self._assigned[request_id] = (order[0], rate)
+                load = self._loads.setdefault(order[0], Load())
+                load.streams += 1
+                load.rate += rate
+            return order
+
+    def finish(self, request_id: str) -> None:
+        """A request ended or left its replica."""
+        with self._lock:
+            self._remove(request_id)
+
+    def _remove(self, request_id: str) -> None:
+        assigned = self._assigned.pop(request_id, None)
+        if assigned is None:
+            return
+        replica_id, rate = assigned
+        load = self._loads[replica_id]
+        load.streams -= 1
+        load.rate -= rate
+        if load.streams == 0:
+            del self._loads[replica_id]
+
+
+REGISTRY = ReplicaRegistry()

@@ -1,0 +1,1 @@
+"""The versioned gRPC protocol (`inference.proto`), its generated code and mappings."""

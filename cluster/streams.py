@@ -1,0 +1,286 @@
+"""The streams of one ingress process: every token a client was promised, exactly once, in order.
+
+The ingress owns a stream. It remembers each token that arrived; when the replica that made them is
+lost, it resubmits prompt + tokens so far and goes on at the next one. Per replica there is one
+frame subscription (the pump), whatever the number of streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from tokenflow.cluster.coalescer import StreamCoalescer
+from tokenflow.cluster.replica_registry import REGISTRY
+from tokenflow.cluster.wire import Submission, unpack
+from tokenflow.replicas.errors import EngineDeadError, TokenFlowError
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.sampling.params import SamplingParams
+
+logger = logging.getLogger("ray.serve")
+
+MAX_ATTEMPTS = 8
+_RETRY_PAUSE_S = 0.25
+
+
+class Stream:
+    """One sequence on its way to one client. Made by `StreamManager.open`."""
+
+    def __init__(
+        self,
+        manager: StreamManager,
+        stream_id: str,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        token_rate: float,
+    ) -> None:
+        self.id = stream_id
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.token_rate = token_rate
+        self.token_ids: list[int] = []
+        """All tokens received so far."""
+        self.finish_reason: str | None = None
+        self.arrived_s = time.monotonic()
+        self.attempt = 0
+        self.replica_id: str | None = None
+        self._manager = manager
+        self._pending: list[TokenEvent] = []
+        self._ready = asyncio.Event()
+        self._error: Exception | None = None
+        self.moving = False
+
+    @property
+    def attempt_id(self) -> str:
+        """The request id on the replica; new for each attempt."""
+        return f"{self.id}#{self.attempt}"
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Take an event of the present attempt."""
+        if event.finish_reason == "error":
+            self.fail(TokenFlowError(event.error or "the replica failed this request"))
+            return
+        if event.token_id >= 0:
+            if event.offset != len(self.token_ids):
+                # Cannot happen on one ordered subscription; if it does, say so instead of lying.
+                self.fail(
+                    TokenFlowError(
+                        f"token {event.offset} arrived when {len(self.token_ids)} was expected"
+                    )
+                )
+                return
+            self.token_ids.append(event.token_id)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason
+        self._pending.append(event)
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """No more tokens will come."""
+        if self.finish_reason is None:
+            self.finish_reason = "error"
+            self._error = error
+            self._ready.set()
+
+    async def batches(self, max_delay_s: float) -> AsyncIterator[list[TokenEvent]]:
+        """Events in batches as the reader needs them: the first at once, later ones together while
+        its buffer is comfortable, never held longer than `max_delay_s`. Ends after the last event.
+
+        Raises TokenFlowError when the stream cannot be finished. Closing it early cancels the
+        request.
+        """
+        coalescer = StreamCoalescer(self.token_rate, max_delay_s=max_delay_s)
+        seen = 0
+        try:
+            while True:
+                now = time.monotonic()
+                if len(self._pending) > seen:
+                    coalescer.add(len(self._pending) - seen, now)
+                    seen = len(self._pending)
+                done = self.finish_reason is not None
+                if self._pending and (done or coalescer.due(now)):
+                    batch, self._pending = self._pending, []
+                    seen = 0
+                    coalescer.sent(now)
+                    yield batch
+                    continue
+                if done:
+                    if self._error is not None:
+                        raise self._error
+                    return
+                self._ready.clear()
+                await self._wait(coalescer.next_due(now) if self._pending else None, now)
+        finally:
+            self._manager.close(self)
+
+    async def _wait(self, until: float | None, now: float) -> None:
+        if until is None:
+            await self._ready.wait()
+            return
+        try:
+            async with asyncio.timeout(max(0.0, until - now)):
+                await self._ready.wait()
+        except TimeoutError:
+            pass
+
+
+class StreamManager:
+    """Opens streams on replicas, demultiplexes their frames, moves streams off lost replicas."""
+
+    def __init__(self, handle: Any, *, failover_timeout_s: float) -> None:
+        self.ingress_id = uuid.uuid4().hex
+        self.failovers = 0
+        """Streams moved to another replica, total."""
+        self._handle = handle
+        self._failover_timeout_s = failover_timeout_s
+        self._streams: dict[str, Stream] = {}
+        """By attempt id."""
+        self._pumps: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def active(self) -> int:
+        return len(self._streams)
+
+    def find(self, request_id: str) -> list[Stream]:
+        """Live streams of a client's request."""
+        prefix = f"{request_id}-"
+        return [s for s in self._streams.values() if s.id.startswith(prefix)]
+
+    async def open(
+        self,
+        stream_id: str,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        token_rate: float,
+    ) -> Stream:
+        """Submit a request and return its stream once a replica has taken it.
+
+        Raises what the replica refuses it with: InvalidRequestError, CapacityError.
+        """
+        stream = Stream(self, stream_id, prompt_ids, params, token_rate)
+        await self._place(stream)
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """The client is served or gone: forget the stream, and end it on its replica."""
+        known = self._streams.pop(stream.attempt_id, None)
+        REGISTRY.finish(stream.attempt_id)
+        if known is not None and stream.finish_reason is None and stream.replica_id is not None:
+            self._spawn(self._cancel(stream.attempt_id, stream.replica_id))
+        if stream.finish_reason is None:
+            stream.finish_reason = "cancelled"
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of every replica that answers."""
+        results = await asyncio.gather(
+            *(
+                self._handle.stats.remote(target=replica_id)
+                for replica_id in REGISTRY.replicas
+            ),
+            return_exceptions=True,
+        )
+        return [r for r in results if isinstance(r, dict)]
+
+    # -- placing and moving ---------------------------------------------------------------------
+
+    async def _place(self, stream: Stream) -> None:
+        """Hand the stream to a replica; waits for one, at most `failover_timeout_s`."""
+        from ray.exceptions import RayActorError
+
+        deadline = time.monotonic() + self._failover_timeout_s
+        while True:
+            stream.attempt += 1
+            attempt_id = stream.attempt_id
+            submission = Submission(
+                request_id=attempt_id,
+                ingress_id=self.ingress_id,
+                prompt_ids=stream.prompt_ids,
+                params=stream.params,
+                token_rate=stream.token_rate,
+                resumed_ids=tuple(stream.token_ids),
+                waited_s=time.monotonic() - stream.arrived_s,
+            )
+            self._streams[attempt_id] = stream
+            try:
+                replica_id = await self._handle.submit.remote(
+                    submission, route=(attempt_id, stream.token_rate)
+                )
+            except BaseException as error:
+                self._streams.pop(attempt_id, None)
+                REGISTRY.finish(attempt_id)
+                lost = isinstance(error, RayActorError | EngineDeadError)
+                if not lost or time.monotonic() > deadline or stream.attempt >= MAX_ATTEMPTS:
+                    raise
+                await asyncio.sleep(_RETRY_PAUSE_S)
+                continue
+            if stream.finish_reason is not None:
+                # The client left while the request was on its way.
+                self._streams.pop(attempt_id, None)
+                REGISTRY.finish(attempt_id)
+                self._spawn(self._cancel(attempt_id, replica_id))
+                return
+            stream.replica_id = replica_id
+            if replica_id not in self._pumps:
+                self._pumps[replica_id] = self._spawn(self._pump(replica_id))
+            return
+
+    async def _pump(self, replica_id: str) -> None:
+        """Fetch the frames of one replica until it is lost."""
+        frames = self._handle.options(stream=True, method_name="frames").remote(
+            self.ingress_id, target=replica_id
+        )
+        try:
+            async for frame in frames:
+                for event in unpack(frame):
+                    stream = self._streams.get(event.request_id)
+                    if stream is None:
+                        continue
+                    stream.deliver(event)
+                    if stream.finish_reason is not None:
+                        del self._streams[event.request_id]
+                        REGISTRY.finish(event.request_id)
+        except asyncio.CancelledError:
+            frames.cancel()
+            raise
+        except Exception as error:
+            logger.warning("lost replica %s: %s", replica_id, type(error).__name__)
+        finally:
+            self._pumps.pop(replica_id, None)
+            for stream in list(self._streams.values()):
+                if stream.replica_id == replica_id:
+                    self._spawn(self._move(stream))
+
+    async def _move(self, stream: Stream) -> None:
+        """Resubmit a stream whose replica is lost."""
+        self._streams.pop(stream.attempt_id, None)
+        REGISTRY.finish(stream.attempt_id)
+        stream.replica_id = None
+        if stream.finish_reason is not None:
+            return
+        self.failovers += 1
+        try:
+            await self._place(stream)
+        except Exception as error:
+            stream.fail(
+                TokenFlowError(f"the stream lost its replica and found no other: {error}")
+            )
+
+    async def _cancel(self, attempt_id: str, replica_id: str) -> None:
+        try:
+            await self._handle.cancel.remote([attempt_id], target=replica_id)
+        except Exception as error:
+            logger.info("cancel of %s not delivered: %s", attempt_id, type(error).__name__)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run in the background, outside the request that happens to be current: Serve cancels
+        the calls that a request has made together with it."""
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,38 @@
+"""What travels between ingress and replica: one request each way down, frames of events up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request as the ingress hands it to a replica.
+
+    `request_id` is unique per attempt, so that a stream resubmitted after a failure never meets
+    its own past. `resumed_ids` are the tokens the client already has.
+    """
+
+    request_id: str
+    ingress_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    token_rate: float
+    resumed_ids: tuple[int, ...] = ()
+    waited_s: float = 0.0
+    """Seconds since the client's request arrived, so that order of arrival survives a move."""
+
+
+Frame = list[tuple[object, ...]]
+"""The events of one or more engine steps for one ingress: TokenEvents as plain tuples."""
+
+
+def pack(events: list[TokenEvent]) -> Frame:
+    return [tuple(event) for event in events]
+
+
+def unpack(frame: Frame) -> list[TokenEvent]:
+    return [TokenEvent(*item) for item in frame]  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The replica engine: scheduler, block pool, executor and loop. Imports no Ray."""

@@ -1,0 +1,62 @@
+"""Configuration of one engine. Part of the one pydantic tree (`cluster/config.py` holds the rest)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
+
+
+class EngineConfig(BaseModel):
+    """One replica's engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str = Field(default="tokenflow", description="Scheduling policy, by name.")
+    block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        description="Device KV memory of a replica, in tokens; null = what fits.",
+    )
+    memory_fraction: float = Field(
+        default=0.85,
+        gt=0,
+        le=1,
+        description="Share of device memory used when kv_tokens is null (GPU: of the card; CPU: "
+        "of half the free memory, divided by the replicas).",
+    )
+    max_num_seqs: int = Field(
+        default=128, ge=1, le=4096, description="Most sequences on the device at once."
+    )
+    max_batch_tokens: int = Field(
+        default=1024, ge=16, le=1 << 20, description="Token budget of one step."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="Longest prompt + output, in tokens; null = the model's."
+    )
+    max_waiting: int = Field(
+        default=4096, ge=1, description="Requests a replica holds; more are refused."
+    )
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda" or "cuda:N".')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Weights and KV; auto = the checkpoint's on a GPU, float32 on a CPU.",
+    )
+    cpu_threads: int | None = Field(
+        default=None, ge=1, description="Torch threads of a CPU replica; null = its share."
+    )
+    fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        try:
+            make_policy(name)
+        except ConfigError:
+            known = ", ".join(sorted(POLICIES))
+            raise ValueError(f"unknown policy {name!r}; choose one of: {known}") from None
+        return name

@@ -1,0 +1,530 @@
+"""The engine: requests in, token events out, one step at a time.
+
+`step` is the whole life of the device: collect finished copies, ask the policy for a plan, apply
+it to the block pool, start copies, run the forward pass, hand out the drawn tokens. The engine
+applies decisions and never makes one; it knows nothing of threads (loop.py), Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tokenflow.replicas.block_pool import BlockPool
+from tokenflow.replicas.config import EngineConfig
+from tokenflow.replicas.errors import CapacityError, InvalidRequestError
+from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.request import FinishReason, Request, Sequence, State
+from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.playback import effective_tokens
+from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
+from tokenflow.replicas.stats import EngineStats
+from tokenflow.replicas.text import TextStream
+from tokenflow.replicas.transfers import HostSlots, Job, Kind, Transfers
+
+logger = logging.getLogger("tokenflow.engine")
+
+
+class Engine:
+    """Serves requests on one executor. Not thread-safe: one thread calls everything.
+
+    `tokenizer` is a Hugging Face tokenizer; `eos_ids` the model's end-of-sequence ids; `clock` a
+    monotonic clock in seconds (a virtual one in simulations).
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        host: HostSlots,
+        config: EngineConfig,
+        *,
+        tokenizer: Any,
+        eos_ids: Iterable[int],
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.executor = executor
+        self.policy = policy
+        self.config = config
+        self.max_model_len = min(max_model_len, executor.num_blocks * executor.layout.block_size)
+        self.cost = CostModel()
+        self.stats = EngineStats()
+        self.pool = BlockPool(executor.num_blocks)
+        self._host = host
+        self._transfers = Transfers(executor, self.pool, host)
+        self._tokenizer = tokenizer
+        self._eos_ids = tuple(eos_ids)
+        self._clock = clock
+        self._block_size = executor.layout.block_size
+        self._max_blocks = -(-self.max_model_len // self._block_size)
+        self._sequences: dict[str, Sequence] = {}
+        self._text: dict[str, TextStream] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._events: list[TokenEvent] = []
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequestError for a request that can never be served, CapacityError when the
+        queue is full. Reads only; safe from any thread."""
+        vocab = self.executor.vocab_size
+        if not request.prompt_ids:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        if any(not 0 <= t < vocab for t in request.prompt_ids):
+            raise InvalidRequestError(
+                f"The prompt has token ids outside the vocabulary (0 to {vocab - 1}).",
+                param="prompt",
+            )
+        total = len(request.prompt_ids) + request.params.max_tokens
+        if total > self.max_model_len:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but "
+                f"{len(request.prompt_ids)} prompt tokens and max_tokens "
+                f"{request.params.max_tokens} were requested.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if not request.token_rate > 0:
+            raise InvalidRequestError("token_rate must be above 0.", param="token_rate")
+        if len(self._sequences) >= self.config.max_waiting:
+            raise CapacityError(
+                f"This replica already holds {len(self._sequences)} requests; try again later."
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a checked request. Raises InvalidRequestError when its id is already in use."""
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(
+                f"A request with id {request.request_id!r} is already running.", param="request_id"
+            )
+        seq = Sequence(request, self._max_blocks)
+        text = TextStream(self._tokenizer, request.params, self._eos_ids)
+        text.prime(request.resumed_ids)
+        self._sequences[seq.request_id] = seq
+        self._text[seq.request_id] = text
+        self._waiting.append(seq)
+        self._waiting.sort(key=lambda s: s.arrival_s)
+        self.stats.requests += 1
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request early; False when it is not (or no longer) here.
+
+        Its memory is free at once, or, when a copy is under way, as soon as that ends.
+        """
+        seq = self._sequences.get(request_id)
+        if seq is None or seq.cancelled:
+            return False
+        seq.cancelled = True
+        self._end_early(seq, FinishReason.CANCELLED)
+        return True
+
+    def fail(self, request_id: str, message: str) -> None:
+        """End a request with an error event."""
+        seq = self._sequences.get(request_id)
+        if seq is not None:
+            self._end_early(seq, FinishReason.ERROR, message)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences) or self._transfers.active > 0
+
+    @property
+    def requests(self) -> list[str]:
+        return list(self._sequences)
+
+    def take_events(self) -> list[TokenEvent]:
+        """Events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Run one step. Returns False when there was nothing to run (copies may be under way)."""
+        begun = self._clock()
+        self._collect()
+        view = self._view()
+        plan = self.policy.plan(view, begun)
+        self._apply(plan)
+        batch = self._schedule(plan)
+        planned = self._clock()
+        self.stats.schedule_seconds += planned - begun
+        if not batch and not self._transfers.active and self._sequences:
+            self._force_progress()
+            batch = self._schedule_forced()
+        if self.policy.write_through:
+            self._write_through(batch, planned)
+        if not batch:
+            self._update_gauges()
+            return False
+        self._run(batch)
+        self._update_gauges()
+        return True
+
+    def wait_for_transfers(self, timeout_s: float) -> None:
+        """Sleep until a copy ends, at most `timeout_s`."""
+        self._collect(timeout_s)
+
+    def _view(self) -> View:
+        by_state: dict[State, list[Sequence]] = {state: [] for state in State}
+        for seq in self._sequences.values():
+            by_state[seq.state].append(seq)
+        return View(
+            waiting=self._waiting,
+            running=self._running,
+            preempted=by_state[State.PREEMPTED],
+            offloading=by_state[State.OFFLOADING],
+            loading=by_state[State.LOADING],
+            free_blocks=self.pool.free_blocks,
+            releasing_blocks=self._transfers.releasing_blocks,
+            total_blocks=self.pool.num_blocks,
+            free_host_slots=self._host.available(),
+            block_size=self._block_size,
+            max_num_seqs=self.config.max_num_seqs,
+            max_batch_tokens=self.config.max_batch_tokens,
+            cost=self.cost,
+        )
+
+    # -- applying a plan ------------------------------------------------------------------------
+
+    def _apply(self, plan: Plan) -> None:
+        now = self._clock()
+        for seq, how in plan.preempt:
+            self._preempt(seq, how, now)
+        for seq in plan.resume:
+            self._resume(seq, now)
+        for seq in plan.admit:
+            self._admit(seq)
+
+    def _admit(self, seq: Sequence) -> bool:
+        if seq.state is not State.WAITING or not self._free_rows:
+            return False
+        if not self._take_blocks(seq):
+            return False
+        self._waiting.remove(seq)
+        self._enter_device(seq)
+        return True
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Blocks for all its tokens and the next one: all of them or none."""
+        need = min(-(-(len(seq.tokens) + 1) // self._block_size), self._max_blocks)
+        blocks = self.pool.allocate(need)
+        if blocks is None:
+            return False
+        seq.add_blocks(blocks)
+        return True
+
+    def _enter_device(self, seq: Sequence) -> None:
+        if seq.slot < 0:
+            seq.slot = self._free_rows.pop()
+        seq.resident_tokens = 0
+        seq.move(State.RUNNING)
+        self._running.append(seq)
+
+    def _leave_device(self, seq: Sequence) -> None:
+        """Give up row and blocks; copies under way keep their own hold on the blocks."""
+        if seq.state is State.RUNNING:
+            self._running.remove(seq)
+        if seq.slot >= 0:
+            self._free_rows.append(seq.slot)
+            seq.slot = -1
+        self.pool.release(seq.take_blocks())
+
+    def _preempt(self, seq: Sequence, how: Preempt, now: float) -> None:
+        if seq.state is not State.RUNNING:
+            return
+        seq.preemptions += 1
+        filled = -(-seq.num_computed // self._block_size)
+        if how is Preempt.OFFLOAD and filled > 0 and self._reserve_slots(seq, filled):
+            self.stats.preempted_offload += 1
+            first = seq.synced_blocks
+            items = [
+                (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(first, filled)
+            ]
+            if items:
+                self._transfers.start(Kind.OFFLOAD, items, now)
+                self.stats.offloaded_bytes += len(items) * self.executor.layout.block_bytes
+            self._leave_device(seq)
+            seq.move(State.OFFLOADING if items else State.PREEMPTED)
+            return
+        self.stats.preempted_recompute += 1
+        self._leave_device(seq)
+        self._drop_kv(seq)
+
+    def _drop_kv(self, seq: Sequence) -> None:
+        """Forget all KV of a sequence that holds no device blocks; it waits to be recomputed."""
+        self._release_host(seq)
+        seq.num_computed = 0
+        seq.move(State.WAITING)
+        self._waiting.append(seq)
+        self._waiting.sort(key=lambda s: s.arrival_s)
+
+    def _reserve_slots(self, seq: Sequence, blocks: int) -> bool:
+        """Make `seq` hold a host slot for each of its first `blocks` blocks."""
+        missing = blocks - len(seq.host_slots)
+        if missing > 0:
+            slots = self._host.acquire(missing)
+            if slots is None:
+                return False
+            seq.host_slots.extend(slots)
+        return True
+
+    def _release_host(self, seq: Sequence) -> None:
+        self._transfers.release_slots(seq.host_slots)
+        seq.host_slots = []
+        seq.synced_blocks = 0
+
+    def _resume(self, seq: Sequence, now: float) -> None:
+        if seq.state is not State.PREEMPTED or not self._free_rows:
+            return
+        if not self._take_blocks(seq):
+            return
+        seq.slot = self._free_rows.pop()
+        seq.move(State.LOADING)
+        items = [
+            (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(seq.synced_blocks)
+        ]
+        self._transfers.start(Kind.LOAD, items, now)
+        self.stats.resumes += 1
+        self.stats.loaded_bytes += len(items) * self.executor.layout.block_bytes
+
+    def _schedule(self, plan: Plan) -> list[tuple[Sequence, int]]:
+        """The part of the planned batch that has blocks; the rest waits for the next plan."""
+        batch = []
+        for seq, n in plan.batch:
+            if seq.state is State.RUNNING and self._grow(seq, seq.num_computed + n):
+                batch.append((seq, n))
+        return batch
+
+    def _grow(self, seq: Sequence, tokens: int) -> bool:
+        missing = -(-tokens // self._block_size) - seq.num_blocks
+        if missing > 0:
+            blocks = self.pool.allocate(missing)
+            if blocks is None:
+                return False
+            seq.add_blocks(blocks)
+        return True
+
+    def _force_progress(self) -> None:
+        """Nothing runs and nothing moves: a policy that holds back with an idle device is wrong,
+        but no stream may die of it. Keep the oldest request and take the memory of the others."""
+        logger.warning("policy %s left the device idle; serving the oldest", self.policy.name)
+        oldest = min(self._sequences.values(), key=lambda s: s.arrival_s)
+        for seq in list(self._running):
+            if seq is not oldest:
+                self._preempt(seq, Preempt.RECOMPUTE, self._clock())
+        if oldest.state is State.WAITING:
+            self._admit(oldest)
+        elif oldest.state is State.PREEMPTED:
+            self._resume(oldest, self._clock())
+
+    def _schedule_forced(self) -> list[tuple[Sequence, int]]:
+        plan = Plan(
+            batch=[
+                (seq, min(seq.pending_tokens, self.config.max_batch_tokens))
+                for seq in self._running[:1]
+            ]
+        )
+        return self._schedule(plan)
+
+    # -- copies ---------------------------------------------------------------------------------
+
+    def _write_through(self, batch: list[tuple[Sequence, int]], now: float) -> None:
+        """Copy filled blocks to the host beside the coming step, as many as it can hide.
+
+        Fullest buffers first: they are the likeliest victims. [TokenFlow §5.1]
+        """
+        if self._transfers.pending(Kind.WRITE_THROUGH):
+            return
+        decodes = sum(1 for _, n in batch if n == 1)
+        prefill = sum(n for _, n in batch if n > 1)
+        per_block = self.cost.offload_s(1)
+        budget = 4
+        if per_block > 0:
+            budget = max(1, int(self.cost.step_s(decodes, prefill) / per_block))
+        lagging = [
+            seq for seq in self._running if seq.synced_blocks < seq.num_computed // self._block_size
+        ]
+        lagging.sort(key=lambda seq: seq.playback.slack_s(now), reverse=True)
+        items: list[tuple[Sequence, int, int, int]] = []
+        for seq in lagging:
+            full = seq.num_computed // self._block_size
+            upto = min(full, seq.synced_blocks + budget - len(items))
+            if not self._reserve_slots(seq, upto):
+                break
+            items += [
+                (seq, i, int(seq.block_ids[i]), seq.host_slots[i])
+                for i in range(seq.synced_blocks, upto)
+            ]
+            if len(items) >= budget:
+                break
+        if items:
+            self._transfers.start(Kind.WRITE_THROUGH, items, now)
+            copied = len(items) * self.executor.layout.block_bytes
+            self.stats.offloaded_bytes += copied
+            self.stats.written_through_bytes += copied
+
+    def _collect(self, timeout_s: float = 0.0) -> None:
+        for job, error in self._transfers.collect(timeout_s):
+            if error is not None:
+                self.stats.transfer_errors += 1
+                logger.error("%s of %d blocks failed: %s", job.kind.value, len(job.blocks), error)
+            elif job.kind is Kind.LOAD:
+                self.cost.observe_load(len(job.blocks), self._clock() - job.started_s)
+            else:
+                self.cost.observe_offload(len(job.blocks), self._clock() - job.started_s)
+            self._finish_job(job, error)
+
+    def _finish_job(self, job: Job, error: Exception | None) -> None:
+        if job.kind is Kind.WRITE_THROUGH:
+            if error is None:
+                for (seq, index), slot in zip(job.parts, job.slots, strict=True):
+                    # The sequence may have ended, left or been dropped since: then the slot is
+                    # not its own any more, or its blocks are being copied again.
+                    current = index < len(seq.host_slots) and seq.host_slots[index] == slot
+                    if current and seq.state is State.RUNNING and seq.synced_blocks == index:
+                        seq.synced_blocks = index + 1
+            return
+        for seq in dict.fromkeys(seq for seq, _ in job.parts):
+            if job.kind is Kind.OFFLOAD:
+                self._offloaded(seq, error)
+            else:
+                self._loaded(seq, error)
+
+    def _offloaded(self, seq: Sequence, error: Exception | None) -> None:
+        if seq.state is not State.OFFLOADING:
+            return
+        if error is not None:
+            self._drop_kv(seq)
+            return
+        seq.synced_blocks = -(-seq.num_computed // self._block_size)
+        seq.move(State.PREEMPTED)
+
+    def _loaded(self, seq: Sequence, error: Exception | None) -> None:
+        if seq.state is not State.LOADING:
+            return
+        if error is not None:
+            self._leave_device(seq)
+            self._drop_kv(seq)
+            return
+        # The last block goes on filling up on the device, so its host copy is stale from now on.
+        seq.synced_blocks = seq.num_computed // self._block_size
+        self._enter_device(seq)
+
+    # -- running and handing out ----------------------------------------------------------------
+
+    def _run(self, batch: list[tuple[Sequence, int]]) -> None:
+        scheduled = []
+        for seq, n in batch:
+            start = seq.num_computed
+            sample = start + n == len(seq.tokens)
+            scheduled.append(
+                ScheduledSequence(
+                    slot=seq.slot,
+                    token_ids=seq.tokens[start : start + n],
+                    start=start,
+                    block_ids=seq.block_ids,
+                    sample=sample,
+                    params=seq.params,
+                    prompt_ids=seq.prompt_ids,
+                    output_ids=seq.output_ids,
+                    suppress_ids=self._text[seq.request_id].suppressed_ids if sample else (),
+                )
+            )
+        begun = self._clock()
+        result = self.executor.execute(scheduled)
+        now = self._clock()
+        stats = self.stats
+        stats.steps += 1
+        stats.step_seconds += now - begun
+        decodes = prefill = 0
+        unix_now = time.time()
+        for (seq, n), token_id, logprobs in zip(
+            batch, result.token_ids, result.logprobs, strict=True
+        ):
+            if seq.decoding:
+                decodes += 1
+            else:
+                prefill += n
+                fresh = max(0, min(seq.num_computed + n, len(seq.prompt_ids)) - seq.num_computed)
+                if seq.preemptions or seq.request.resumed_ids:
+                    fresh = 0
+                stats.prompt_tokens += fresh
+                stats.recomputed_tokens += n - fresh
+            seq.num_computed += n
+            if token_id >= 0:
+                self._take_token(seq, token_id, logprobs, now, unix_now)
+        self.cost.observe_step(decodes, prefill, now - begun)
+
+    def _take_token(
+        self,
+        seq: Sequence,
+        token_id: int,
+        logprobs: TokenLogprobs | None,
+        now: float,
+        unix_now: float,
+    ) -> None:
+        if seq.first_token_s is None:
+            self.stats.observe_ttft(now - seq.arrival_s)
+        seq.append(token_id, now)
+        self.stats.generated_tokens += 1
+        text, reason = self._text[seq.request_id].push(token_id)
+        self._events.append(
+            TokenEvent(
+                seq.request_id,
+                len(seq.output_ids) - 1,
+                token_id,
+                text,
+                unix_now,
+                logprobs,
+                reason.value if reason else None,
+            )
+        )
+        if reason is not None:
+            self._forget(seq, reason)
+
+    def _end_early(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._events.append(
+            TokenEvent(
+                seq.request_id,
+                len(seq.output_ids),
+                -1,
+                "",
+                time.time(),
+                None,
+                reason.value,
+                error,
+            )
+        )
+        self._forget(seq, reason)
+
+    def _forget(self, seq: Sequence, reason: FinishReason) -> None:
+        """Free everything a request holds; copies under way keep what they touch until they end."""
+        if seq.state is State.WAITING:
+            self._waiting.remove(seq)
+        self._leave_device(seq)
+        self._release_host(seq)
+        seq.move(State.FINISHED)
+        del self._sequences[seq.request_id]
+        del self._text[seq.request_id]
+        stats = self.stats
+        stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
+        stats.effective_tokens += effective_tokens(seq.buffers)
+        stats.reader_stalls += seq.playback.stalls
+        stats.reader_stall_seconds += seq.playback.stall_s
+
+    def _update_gauges(self) -> None:
+        stats = self.stats
+        stats.now_waiting = len(self._waiting)
+        stats.now_running = len(self._running)
+        stats.now_preempted = len(self._sequences) - stats.now_waiting - stats.now_running
+        stats.now_free_blocks = self.pool.free_blocks
+        stats.now_total_blocks = self.pool.num_blocks
+        stats.now_free_host_slots = self._host.available()
+        stats.now_rate = sum(s.playback.rate for s in self._sequences.values())

@@ -1,0 +1,1 @@
+"""Executors: what turns a step's batch into sampled tokens, behind one interface (`base`)."""

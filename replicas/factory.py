@@ -1,0 +1,130 @@
+"""Putting an engine together from a checkpoint and a configuration; and sizing its memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tokenflow.replicas.config import EngineConfig
+from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.errors import CheckpointError, ConfigError
+from tokenflow.replicas.executor.checkpoint import ModelSpec, check_memory, inspect_checkpoint
+from tokenflow.replicas.scheduler.registry import make_policy
+from tokenflow.replicas.tokenizer import load_tokenizer
+from tokenflow.replicas.transfers import HostSlots
+
+logger = logging.getLogger("tokenflow.engine")
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" becomes "cuda" where there is one, else "cpu". Raises ConfigError for a device that
+    this machine does not have."""
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f'engine.device: {device!r} is not "auto", "cpu" or "cuda:N".') from None
+    if wanted.type != "cuda" or (wanted.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"engine.device: {device!r} does not exist on this machine.")
+    return device
+
+
+def inspect_model(directory: str | Path, config: EngineConfig, device: str) -> ModelSpec:
+    """The model's description in the dtype it will run in. Raises CheckpointError."""
+    dtype = config.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    return inspect_checkpoint(directory, dtype=dtype, max_model_len=config.max_model_len)
+
+
+def free_memory_bytes(device: str) -> int:
+    """Memory that weights and KV may share on a device."""
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return int(free)
+
+
+def plan_blocks(
+    spec: ModelSpec, config: EngineConfig, *, available_bytes: int, sharers: int = 1
+) -> int:
+    """KV blocks of one replica, when `sharers` replicas share `available_bytes`.
+
+    Raises CheckpointError when weights and that KV do not fit, or not one request fits the KV.
+    """
+    layout = spec.kv_layout(config.block_size)
+    share = available_bytes // sharers
+    if config.kv_tokens is not None:
+        blocks = config.kv_tokens // config.block_size
+        if blocks < 1:
+            raise ConfigError(
+                f"engine.kv_tokens: {config.kv_tokens} is less than one block of "
+                f"{config.block_size} tokens."
+            )
+    else:
+        room = int(share * config.memory_fraction) - spec.weight_bytes
+        # More than every sequence at full length is never used.
+        useful = -(-config.max_num_seqs * spec.max_model_len // config.block_size)
+        blocks = min(max(room // layout.block_bytes, 0), useful)
+        if blocks * config.block_size < min(256, spec.max_model_len):
+            raise CheckpointError(
+                f"{spec.path}: the weights take {spec.weight_bytes / 2**30:.2f} GiB and leave no "
+                f"room for KV in the {share / 2**30:.2f} GiB a replica may use; free memory, serve "
+                "a smaller model, or run fewer replicas."
+            )
+    check_memory(spec, available_bytes=share, kv_bytes=blocks * layout.block_bytes)
+    return int(blocks)
+
+
+def cpu_threads(config: EngineConfig, sharers: int) -> int:
+    """Torch threads of one CPU replica: its share of the cores this process may use."""
+    return config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // sharers)
+
+
+def build_engine(
+    directory: str | Path,
+    config: EngineConfig,
+    host: HostSlots,
+    *,
+    host_memory: Any = None,
+    device: str = "cpu",
+    num_blocks: int,
+    sharers: int = 1,
+) -> Engine:
+    """Load the model and return an engine ready to step.
+
+    `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`, or None.
+    """
+    from tokenflow.replicas.executor.torch_executor import TorchExecutor
+
+    spec = inspect_model(directory, config, device)
+    executor = TorchExecutor(
+        spec,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        device=device,
+        host_memory=host_memory,
+        num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
+        fuse=config.fuse,
+    )
+    return Engine(
+        executor,
+        make_policy(config.policy),
+        host,
+        config,
+        tokenizer=load_tokenizer(directory),
+        eos_ids=spec.eos_token_ids,
+        max_model_len=spec.max_model_len,
+    )

@@ -1,0 +1,164 @@
+"""A request inside the engine: its tokens, its blocks, its state, its reader.
+
+Not here: decisions (scheduler/) and effects (engine.py). `Sequence.move` is the only way to change
+a state, and ARCS the only place that says which changes exist.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow.replicas.sampling.params import SamplingParams
+from tokenflow.replicas.scheduler.playback import Playback
+
+
+class State(Enum):
+    """Where a request's KV is, and so what may happen to it next."""
+
+    WAITING = "waiting"
+    """No KV anywhere: new, or preempted for recompute."""
+    RUNNING = "running"
+    """Its KV is on the device; it may take part in steps."""
+    OFFLOADING = "offloading"
+    """Preempted; the rest of its KV is on its way to the host."""
+    PREEMPTED = "preempted"
+    """All its KV is on the host."""
+    LOADING = "loading"
+    """Its KV is on its way back to the device."""
+    FINISHED = "finished"
+
+
+ARCS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RUNNING: frozenset(
+        {State.OFFLOADING, State.PREEMPTED, State.WAITING, State.FINISHED}
+    ),
+    State.OFFLOADING: frozenset({State.PREEMPTED, State.WAITING, State.FINISHED}),
+    State.PREEMPTED: frozenset({State.LOADING, State.WAITING, State.FINISHED}),
+    State.LOADING: frozenset({State.RUNNING, State.WAITING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked for, as the engine takes it."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    token_rate: float
+    """Tokens per second the reader consumes."""
+    resumed_ids: tuple[int, ...] = ()
+    """Tokens another replica already delivered; generation continues after them."""
+    arrival_s: float = field(default_factory=time.monotonic)
+    """Engine clock."""
+
+
+class Sequence:
+    """A request in the engine. Mutated by the engine thread only."""
+
+    __slots__ = (
+        "arrival_s",
+        "block_ids",
+        "buffers",
+        "cancelled",
+        "first_token_s",
+        "host_slots",
+        "num_blocks",
+        "num_computed",
+        "output_ids",
+        "params",
+        "playback",
+        "preemptions",
+        "prompt_ids",
+        "request",
+        "request_id",
+        "resident_tokens",
+        "slot",
+        "state",
+        "synced_blocks",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, max_blocks: int) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.params = request.params
+        self.prompt_ids = request.prompt_ids
+        self.output_ids: list[int] = list(request.resumed_ids)
+        self.tokens: list[int] = [*request.prompt_ids, *request.resumed_ids]
+        self.arrival_s = request.arrival_s
+        self.state = State.WAITING
+        self.playback = Playback(request.token_rate)
+        self.first_token_s: float | None = None
+        self.slot = -1
+        """Row on the device while resident, else -1."""
+        self.block_ids: NDArray[np.int32] = np.zeros(max_blocks, dtype=np.int32)
+        """Device block table; the first `num_blocks` entries are held."""
+        self.num_blocks = 0
+        self.num_computed = 0
+        """Tokens whose KV exists (on the device, or on the host while off it)."""
+        self.host_slots: list[int] = []
+        """Host slots held, one per leading block; the first `synced_blocks` have been written."""
+        self.synced_blocks = 0
+        self.buffers: list[int] = []
+        """The reader's buffer just after each token, for effective throughput."""
+        self.preemptions = 0
+        self.resident_tokens = 0
+        """Tokens generated since it last came onto the device."""
+        self.cancelled = False
+
+    def move(self, to: State) -> None:
+        """Change state. Raises RuntimeError on a change ARCS does not list."""
+        if to not in ARCS[self.state]:
+            raise RuntimeError(f"{self.request_id}: no way from {self.state.name} to {to.name}")
+        self.state = to
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens known but without KV: 1 for a decoding sequence, more while it prefills."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def decoding(self) -> bool:
+        return bool(self.output_ids) and self.pending_tokens == 1
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens it may still generate."""
+        return self.params.max_tokens - len(self.output_ids)
+
+    def append(self, token_id: int, now: float) -> None:
+        """A token was drawn at `now`."""
+        self.tokens.append(token_id)
+        self.output_ids.append(token_id)
+        self.resident_tokens += 1
+        if self.first_token_s is None:
+            self.first_token_s = now
+        self.playback.generate(now)
+        self.buffers.append(self.playback.buffer(now))
+
+    def add_blocks(self, block_ids: Seq[int]) -> None:
+        n = self.num_blocks + len(block_ids)
+        self.block_ids[self.num_blocks : n] = block_ids
+        self.num_blocks = n
+
+    def take_blocks(self) -> list[int]:
+        """Give up the whole device block table."""
+        blocks: list[int] = self.block_ids[: self.num_blocks].tolist()
+        self.num_blocks = 0
+        return blocks

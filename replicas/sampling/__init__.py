@@ -1,0 +1,1 @@
+"""Sampling: per-request parameters, the batched sampler, stop conditions."""

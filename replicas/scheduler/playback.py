@@ -1,0 +1,105 @@
+"""One definition of a reader's token buffer, used by scheduler, metrics, load generator and pacer.
+
+A reader starts with the first token and consumes one token every `1 / rate` seconds. A token that
+comes late stalls the reader; reading goes on from the moment it arrives. With `a_i` the arrival of
+token i, its consumption time is `c_1 = a_1`, `c_i = max(a_i, c_{i-1} + 1/rate)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+STALL_EPSILON_S = 1e-3
+"""Gaps shorter than this are not counted as stalls (their seconds still are)."""
+
+
+class Playback:
+    """The buffer of one stream. All times in seconds of one monotonic clock; O(1) per token.
+
+    The buffer at time t counts the tokens generated and not yet consumed at t. [TokenFlow §3.2]
+    """
+
+    __slots__ = ("_last_consumed", "_run", "generated", "rate", "stall_s", "stalls")
+
+    def __init__(self, rate: float) -> None:
+        if not rate > 0:
+            raise ValueError(f"rate must be above 0 tokens/s, got {rate}")
+        self.rate = rate
+        self.generated = 0
+        self.stall_s = 0.0
+        """Seconds the reader has waited at an empty buffer, after its first token."""
+        self.stalls = 0
+        self._last_consumed = -math.inf
+        """When the newest generated token is (or will be) consumed: c_n."""
+        self._run = 0
+        """Tokens since the last stall; only these can still be unread."""
+
+    def generate(self, now: float, n: int = 1) -> None:
+        """`n` tokens arrive at `now` (not before earlier ones)."""
+        period = 1.0 / self.rate
+        due = self._last_consumed + period
+        if now > due:
+            if self.generated:
+                self.stall_s += now - due
+                if now - due > STALL_EPSILON_S:
+                    self.stalls += 1
+            self._run = 0
+            due = now
+        self._last_consumed = due + (n - 1) * period
+        self._run += n
+        self.generated += n
+
+    def buffer(self, now: float) -> int:
+        """Tokens generated and not consumed at `now`."""
+        ahead = (self._last_consumed - now) * self.rate
+        if ahead <= 0:
+            return 0
+        return min(self._run, math.ceil(ahead - 1e-9))
+
+    def consumed(self, now: float) -> int:
+        """Tokens the reader has consumed at `now`."""
+        return self.generated - self.buffer(now)
+
+    def slack_s(self, now: float) -> float:
+        """Seconds until the reader needs a token that does not exist yet.
+
+        Negative once the reader stalls; -inf before the first token. This is buffer / rate in
+        continuous time. [TokenFlow §4.1, in seconds]
+        """
+        if not self.generated:
+            return -math.inf
+        return self._last_consumed + 1.0 / self.rate - now
+
+    def set_rate(self, rate: float, now: float) -> None:
+        """Change the reading speed at `now`; what is buffered is read at the new speed."""
+        if not rate > 0:
+            raise ValueError(f"rate must be above 0 tokens/s, got {rate}")
+        if self._last_consumed > now:
+            self._last_consumed = now + (self._last_consumed - now) * self.rate / rate
+        self.rate = rate
+
+
+def token_weight(buffer: float, output_tokens: int) -> float:
+    """Weight of a token generated while `buffer` tokens were unread, for an output of that length.
+
+    1 up to 10 % of the output length, falling linearly to 0 at 20 %. [TokenFlow §7.1.3]
+    """
+    low = 0.1 * output_tokens
+    if buffer <= low:
+        return 1.0
+    return max(0.0, 2.0 - buffer / low) if low > 0 else 0.0
+
+
+def buffers_at_generation(times: list[float], rate: float) -> list[int]:
+    """The buffer just after each token of a stream arrives; `times` ascending, seconds."""
+    playback = Playback(rate)
+    buffers = []
+    for at in times:
+        playback.generate(at)
+        buffers.append(playback.buffer(at))
+    return buffers
+
+
+def effective_tokens(buffers: list[int]) -> float:
+    """Sum of token weights of one finished stream from its buffers at generation."""
+    return sum(token_weight(b, len(buffers)) for b in buffers)

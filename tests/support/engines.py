@@ -1,0 +1,128 @@
+"""Engines over the fake executor, and helpers that run them to the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from tests.support.fake_executor import FakeExecutor, FakeHost, FakeTokenizer
+from tokenflow.replicas.config import EngineConfig
+from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.request import Request, State
+from tokenflow.replicas.sampling.params import SamplingParams
+from tokenflow.replicas.scheduler.registry import make_policy
+
+
+class Clock:
+    """A clock that tests move; every reading takes `tick` seconds."""
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now = 100.0
+        self.tick = tick
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def fake_engine(
+    *,
+    policy: str | Any = "tokenflow",
+    blocks: int = 64,
+    block_size: int = 4,
+    host_slots: int = 256,
+    max_num_seqs: int = 16,
+    max_batch_tokens: int = 32,
+    max_model_len: int = 256,
+    delay: int = 1,
+    tick: float = 0.01,
+    eos_ids: tuple[int, ...] = (0,),
+) -> tuple[Engine, FakeExecutor, FakeHost, Clock]:
+    executor = FakeExecutor(blocks, block_size, host_slots, delay=delay)
+    host = FakeHost(host_slots)
+    clock = Clock(tick)
+    engine = Engine(
+        executor,
+        make_policy(policy) if isinstance(policy, str) else policy,
+        host,
+        EngineConfig(
+            block_size=block_size, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens
+        ),
+        tokenizer=FakeTokenizer(),
+        eos_ids=eos_ids,
+        max_model_len=max_model_len,
+        clock=clock,
+    )
+    return engine, executor, host, clock
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    rate: float = 10.0,
+    arrival_s: float = 100.0,
+    resumed: list[int] | None = None,
+    **params: Any,
+) -> Request:
+    params.setdefault("temperature", 0.0)
+    return Request(
+        request_id=request_id,
+        prompt_ids=tuple(prompt),
+        params=SamplingParams(max_tokens=max_tokens, **params),
+        token_rate=rate,
+        resumed_ids=tuple(resumed or ()),
+        arrival_s=arrival_s,
+    )
+
+
+def check_conservation(engine: Engine, host: FakeHost) -> None:
+    """Every device block and host slot is free, held by one request, or kept by a copy."""
+    engine.pool.check()
+    sequences = list(engine._sequences.values())
+    held = [int(b) for s in sequences for b in s.block_ids[: s.num_blocks]]
+    assert len(held) == len(set(held)), "a device block has two owners"
+    copied = {b for job in engine._transfers._jobs.values() for b in job.blocks}
+    assert engine.pool.free_blocks == engine.pool.num_blocks - len(set(held) | copied)
+    slots = [s for seq in sequences for s in seq.host_slots]
+    assert len(slots) == len(set(slots)), "a host slot has two owners"
+    assert not set(slots) & set(host.free)
+    assert len(host.free) + len(slots) + len(engine._transfers._let_go) == host.capacity
+    for seq in sequences:
+        on_device = seq.state in (State.RUNNING, State.LOADING)
+        assert (seq.slot >= 0) == on_device
+        assert (seq.num_blocks > 0) == on_device
+        assert seq.synced_blocks <= len(seq.host_slots)
+    rows = [s.slot for s in sequences if s.slot >= 0]
+    assert len(rows) == len(set(rows))
+    assert sorted(rows + engine._free_rows) == list(range(engine.config.max_num_seqs))
+
+
+def run_to_end(
+    engine: Engine, host: FakeHost, max_steps: int = 20_000
+) -> dict[str, list[TokenEvent]]:
+    """Step until all is done, checking conservation after every step."""
+    events: dict[str, list[TokenEvent]] = defaultdict(list)
+    for _ in range(max_steps):
+        if not engine.has_work:
+            break
+        engine.step()
+        check_conservation(engine, host)
+        for event in engine.take_events():
+            events[event.request_id].append(event)
+    assert not engine.has_work, "the engine made no end of it"
+    check_conservation(engine, host)
+    assert engine.pool.free_blocks == engine.pool.num_blocks
+    assert len(host.free) == host.capacity
+    return events
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    """The tokens of one stream, checked to be in order, without gap or repeat."""
+    tokens = [e for e in events if e.token_id >= 0]
+    assert [e.offset for e in tokens] == list(range(tokens[0].offset, tokens[0].offset + len(tokens)))
+    assert all(e.finish_reason is None for e in events[:-1])
+    assert events[-1].finish_reason is not None
+    return [e.token_id for e in tokens]

@@ -1,0 +1,130 @@
+"""An executor without a model whose next token depends on every token in its KV.
+
+KV "content" is the token id at each position, so a block that is freed too early, copied too late
+or loaded into the wrong place changes the text. Copies end only after `delay` polls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenflow.replicas.executor.base import KVLayout, ScheduledSequence, StepResult
+
+VOCAB = 251
+
+
+def next_token(tokens: list[int]) -> int:
+    """The fake model: a hash of the whole context. Never 0, which the tests use as EOS."""
+    h = 0
+    for t in tokens:
+        h = (h * 31 + t + 7) % 1_000_003
+    return 1 + h % (VOCAB - 1)
+
+
+def expected_output(prompt: list[int], n: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeExecutor:
+    def __init__(
+        self, num_blocks: int, block_size: int, host_slots: int, *, delay: int = 1
+    ) -> None:
+        self.layout = KVLayout(1, block_size, 1, 1, "float32")
+        self.num_blocks = num_blocks
+        self.vocab_size = VOCAB
+        self.delay = delay
+        self.fail_next_job = False
+        self.kv = np.full((num_blocks, block_size), -1)
+        self.host = np.full((host_slots, block_size), -1)
+        self.steps: list[list[tuple[int, int]]] = []
+        self.closed = False
+        self._jobs: list[list] = []
+        self._next_job = 0
+
+    def execute(self, batch: list[ScheduledSequence]) -> StepResult:
+        assert batch, "an empty step"
+        assert len({s.slot for s in batch}) == len(batch)
+        out = []
+        bs = self.layout.block_size
+        for s in batch:
+            for i, token in enumerate(s.token_ids):
+                position = s.start + i
+                self.kv[s.block_ids[position // bs], position % bs] = token
+            end = s.start + len(s.token_ids)
+            context = [int(self.kv[s.block_ids[p // bs], p % bs]) for p in range(end)]
+            out.append(next_token(context) if s.sample else -1)
+        self.steps.append([(s.start, len(s.token_ids)) for s in batch])
+        return StepResult(out, [None] * len(out))
+
+    def _job(self, copy) -> int:
+        self._next_job += 1
+        self._jobs.append([self._next_job, self.delay, copy, self.fail_next_job])
+        self.fail_next_job = False
+        return self._next_job
+
+    def offload(self, pairs) -> int:
+        pairs = list(pairs)
+
+        def copy() -> None:
+            for block, slot in pairs:
+                self.host[slot] = self.kv[block]
+
+        return self._job(copy)
+
+    def load(self, pairs) -> int:
+        pairs = list(pairs)
+
+        def copy() -> None:
+            for slot, block in pairs:
+                self.kv[block] = self.host[slot]
+
+        return self._job(copy)
+
+    def poll_transfers(self, timeout_s: float = 0.0):
+        done = []
+        for job in list(self._jobs):
+            job[1] -= 1
+            if job[1] < 0:
+                # The copy happens as late as it can: whoever reuses a block early is caught.
+                error = RuntimeError("copy failed") if job[3] else None
+                if error is None:
+                    job[2]()
+                self._jobs.remove(job)
+                done.append((job[0], error))
+            else:
+                break
+        return done
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeHost:
+    """Host slots in process; the interface of the node store's client."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.free = list(range(capacity))
+
+    def available(self) -> int:
+        return len(self.free)
+
+    def acquire(self, n: int) -> list[int] | None:
+        if n > len(self.free):
+            return None
+        taken, self.free = self.free[:n], self.free[n:]
+        return taken
+
+    def release(self, slots: list[int]) -> None:
+        assert not set(slots) & set(self.free)
+        self.free.extend(slots)
+
+
+class FakeTokenizer:
+    """Just enough of a tokenizer for the engine: token i reads as its own letter."""
+
+    def decode(self, ids, skip_special_tokens: bool = False, **_: object) -> str:
+        return "".join(chr(0x4E00 + i) for i in ids)
