@@ -26,6 +26,7 @@ from tokenflow.kvstore.sizing import (
     default_owner_fraction,
     free_bytes,
 )
+from tokenflow.replicas.errors import KVStoreError
 from tokenflow.replicas.factory import (
     build_engine,
     free_memory_bytes,
@@ -94,17 +95,24 @@ class Replica:
         if gib == 0:
             return NullHostSlots(), None, None
         slot_bytes = spec.kv_layout(config.engine.block_size).block_bytes
-        total = (
-            default_host_bytes(available_memory_bytes(), free_bytes(SHM_DIRECTORY))
-            if gib is None
-            else int(gib * 2**30)
-        )
-        store = store_for_this_node(
-            StoreConfig(total, slot_bytes, max_owner_fraction=default_owner_fraction(sharers))
-        )
-        control = RayStoreControl(store, uuid.uuid4().hex, slot_bytes=slot_bytes)
-        segment = Segment.attach(control.info.path)
-        return HostSlots(control, control.info.owner_quota), segment, segment.tensor()
+        try:
+            total = int((gib or 0) * 2**30) or default_host_bytes(
+                available_memory_bytes(), free_bytes(SHM_DIRECTORY)
+            )
+            store = store_for_this_node(
+                StoreConfig(total, slot_bytes, max_owner_fraction=default_owner_fraction(sharers))
+            )
+            control = RayStoreControl(store, uuid.uuid4().hex, slot_bytes=slot_bytes)
+        except KVStoreError as error:
+            if gib is not None:
+                raise
+            # Nobody asked for host memory and there is none: preemption recomputes instead.
+            logger.warning("serving without host KV: %s", error)
+            return NullHostSlots(), None, None
+        segment = Segment.attach(control.info.path, slot_bytes=slot_bytes)
+        quota = control.info.owner_quota
+        slots = HostSlots(control, quota, high_water=quota if sharers == 1 else None)
+        return slots, segment, segment.tensor()
 
     # -- from the engine ------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import contextvars
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from tokenflow.cluster.coalescer import StreamCoalescer
@@ -53,7 +53,6 @@ class Stream:
         self._pending: list[TokenEvent] = []
         self._ready = asyncio.Event()
         self._error: Exception | None = None
-        self.moving = False
 
     @property
     def attempt_id(self) -> str:
@@ -87,7 +86,7 @@ class Stream:
             self._error = error
             self._ready.set()
 
-    async def batches(self, max_delay_s: float) -> AsyncIterator[list[TokenEvent]]:
+    async def batches(self, max_delay_s: float) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in batches as the reader needs them: the first at once, later ones together while
         its buffer is comfortable, never held longer than `max_delay_s`. Ends after the last event.
 

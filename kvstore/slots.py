@@ -58,7 +58,7 @@ class SlotTable:
         """
         held = self._held.get(owner, set())
         returned = set(slots)
-        if  not returned <= held:
+        if len(returned) != len(slots) or not returned <= held:
             wrong = sorted(returned - held) or sorted(s for s in returned if slots.count(s) > 1)
             raise KVStoreError(
                 f"{owner} releases slots it does not hold, or twice: {wrong[:8]} of {len(slots)}"

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, ConfigError
@@ -49,7 +48,7 @@ def inspect_model(directory: str | Path, config: EngineConfig, device: str) -> M
 def free_memory_bytes(device: str) -> int:
     """Memory that weights and KV may share on a device."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return available_memory_bytes()
     import torch
 
     free, _ = torch.cuda.mem_get_info(torch.device(device))

@@ -10,8 +10,9 @@ token. Four rules, in seconds rather than tokens so that they hold for every rat
    hysteresis streams chase each other on and off the device).
 3. Past `useful_fraction` of its output a buffer is worth nothing more: such a stream also makes
    room for one that is in no hurry but has less.
-4. New requests displace streams only while the sum of declared rates stays below `load_factor` of
-   the capacity; beyond it they are served first come, first served, into free memory.
+4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Streams
+   beyond that are *parked*: they run on what the others leave and are the first to make room, so
+   overload degrades to first come, first served instead of stalling everybody.
 
 [TokenFlow §4.1-§4.3; slack, hysteresis and the useful-token cap are ours]
 """
@@ -19,7 +20,7 @@ token. Four rules, in seconds rather than tokens so that they hold for every rat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tokenflow.replicas.request import Sequence
@@ -70,6 +71,7 @@ class _Pass:
         self.coming_free = view.releasing_blocks
         """Blocks of earlier victims that are still being copied out."""
         self.host_free = view.free_host_slots
+        self.parked = self._parked()
 
     def run(self) -> Plan:
         self._make_room_for_growth()
@@ -87,8 +89,16 @@ class _Pass:
         """Preempt the fullest streams until the others can take their next step."""
         need = sum(self.view.growth(seq) for seq in self.running)
         while need > self.free and len(self.running) > 1:
-            # Full buffers first; among readers who have nothing, whoever came last waits.
-            victim = max(self.running, key=lambda s: (max(self.slack(s), 0.0), s.arrival_s))
+            # Whoever was promised nothing, then the fullest buffer; among readers who have
+            # nothing, whoever came last waits.
+            victim = max(
+                self.running,
+                key=lambda s: (
+                    s.request_id in self.parked,
+                    0.0 if s.request_id in self.parked else max(self.slack(s), 0.0),
+                    s.arrival_s,
+                ),
+            )
             need -= self.view.growth(victim)
             self._preempt(victim)
         self.free -= min(need, self.free)
@@ -111,6 +121,9 @@ class _Pass:
         for seq, may_evict, surplus_only in self._candidates():
             need = self.view.blocks_for(len(seq.tokens) + 1)
             headroom = self._headroom() if on_device else 0
+            if on_device and not seq.output_ids and seq.request_id in self.parked:
+                # Begun, it would stall half-way; so it begins when it can also end.
+                headroom += self.view.blocks_for(seq.remaining_tokens)
             has_slot = on_device < self.view.max_num_seqs
             if has_slot and self.free - headroom >= need:
                 self.free -= need
@@ -136,30 +149,46 @@ class _Pass:
 
     def _candidates(self) -> Iterator[tuple[Sequence, bool, bool]]:
         """(sequence, may displace others, only those with surplus), most urgent first."""
-        preempted = sorted(self.view.preempted, key=lambda s: (self.slack(s), s.arrival_s))
-        urgent = [s for s in preempted if self.slack(s) <= self._resume_at(s)]
-        relaxed = preempted[len(urgent) :]
+
+        def by_slack(seqs: Iterable[Sequence]) -> list[Sequence]:
+            return sorted(seqs, key=lambda s: (self.slack(s), s.arrival_s))
+
+        promised = [s for s in self.view.preempted if s.request_id not in self.parked]
+        urgent = [s for s in promised if self.slack(s) <= self._resume_at(s)]
+        relaxed = [s for s in promised if self.slack(s) > self._resume_at(s)]
         dropped = [s for s in self.view.waiting if s.output_ids]
         fresh = [s for s in self.view.waiting if not s.output_ids]
-        for seq in urgent:
+        for seq in by_slack(urgent):
             yield seq, True, False
-        for seq in sorted(dropped, key=lambda s: (self.slack(s), s.arrival_s)):
-            yield seq, True, False
-        rate = self._rate_in_service()
-        limit = self.p.load_factor * self._capacity()
+        for seq in by_slack(dropped):
+            yield seq, seq.request_id not in self.parked, False
         for seq in fresh:
-            rate += seq.playback.rate
-            yield seq, rate <= limit, False
-        for seq in relaxed:
+            yield seq, seq.request_id not in self.parked, False
+        for seq in by_slack(relaxed):
             yield seq, True, True
+        for seq in self.view.preempted:
+            if seq.request_id in self.parked:
+                yield seq, False, False
 
     def _resume_at(self, seq: Sequence) -> float:
         return self.p.resume_slack_s + self.view.cost.load_s(self.view.blocks_for(len(seq.tokens)))
 
-    def _rate_in_service(self) -> float:
-        """Sum of declared rates of the streams that have begun."""
-        groups = (self.view.running, self.view.preempted, self.view.offloading, self.view.loading)
-        return sum(seq.playback.rate for group in groups for seq in group)
+    def _parked(self) -> frozenset[str]:
+        """Ids of the requests that came after the capacity was promised away. [TokenFlow §4.3]"""
+        view = self.view
+        groups = (view.running, view.preempted, view.offloading, view.loading, view.waiting)
+        everyone = [seq for group in groups for seq in group]
+        limit = self.p.load_factor * self._capacity()
+        if sum(seq.playback.rate for seq in everyone) <= limit:
+            return frozenset()
+        parked = set()
+        promised = 0.0
+        for seq in sorted(everyone, key=lambda s: s.arrival_s):
+            promised += seq.playback.rate
+            # The first one is served whatever it asks for.
+            if promised > limit and promised > seq.playback.rate:
+                parked.add(seq.request_id)
+        return frozenset(parked)
 
     def _capacity(self) -> float:
         """Gamma with as many streams decoding as memory holds."""

@@ -395,7 +395,7 @@ class Learner:
         logits = self.model.lm_head(hidden).float()
         return F.cross_entropy(logits.view(-1, VOCAB_SIZE), y.reshape(-1), ignore_index=-100)
 
-    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def loss(self, x: torch.Tensor, y: torch.Tensor, training: bool) -> torch.Tensor:
         """Mean next-token loss of a batch."""
         context = (
             torch.autocast("cpu", dtype=torch.bfloat16)
@@ -403,11 +403,12 @@ class Learner:
             else nullcontext()
         )
         with context:
-            return self._forward(x, y)
+            # Validation has other shapes; they are not worth a compilation.
+            return self._forward(x, y) if training else self._loss(x, y)
 
     def step(self, x: torch.Tensor, y: torch.Tensor, lr: float) -> tuple[float, float]:
         """One update; the loss and the gradient norm before clipping."""
-        loss = self.loss(x, y)
+        loss = self.loss(x, y, training=True)
         loss.backward()
         for leaf, own in zip(self._leaves, self._own, strict=True):
             assert own.grad is not None
@@ -451,7 +452,8 @@ class Learner:
         for at in range(0, len(x), 16):
             labels = torch.from_numpy(y[at : at + 16])
             learnt = int((labels != -100).sum())
-            total += self.loss(torch.from_numpy(x[at : at + 16]), labels).item() * learnt
+            inputs = torch.from_numpy(x[at : at + 16])
+            total += self.loss(inputs, labels, training=False).item() * learnt
             count += learnt
         return total / count
 

@@ -155,22 +155,44 @@ def test_surplus_goes_back_when_idle(control):
     assert sorted(control.slots) == list(range(100))
 
 
-def test_an_idle_client_lets_the_store_alone(control):
-    slots = HostSlots(control, 40, low_water=10, high_water=20, idle_s=0.001, retry_s=0.001)
-    control.leases.get()
-    slots.release(slots.acquire(3))
-    waiting = threading.Event()
+def watch_waits(slots):
+    """The timeouts with which the background thread goes to wait, from its next round on."""
+    timeouts = queue.Queue()
     wait = slots._wake.wait
 
     def told(timeout=None):
-        if timeout is None:
-            waiting.set()
+        timeouts.put(timeout)
         return wait(timeout)
 
     slots._wake.wait = told
-    slots._wake.set()  # one look round, and then back to waiting without a timeout
-    assert waiting.wait(60)
+    return timeouts
+
+
+def test_an_idle_client_lets_the_store_alone(control):
+    slots = HostSlots(control, 40, low_water=10, high_water=20, idle_s=0.001, retry_s=0.001)
+    control.leases.get()
+    timeouts = watch_waits(slots)
+    slots.release(slots.acquire(3))
+    slots._wake.set()  # one look round
+    assert timeouts.get(timeout=60) is None  # and back to waiting, for as long as it takes
     assert control.leases.empty() and control.releases.empty()
+    slots.close()
+
+
+def test_refusals_do_not_hammer_an_exhausted_store(control):
+    control.slots = control.slots[:10]
+    slots = HostSlots(control, 40, low_water=10, high_water=20, retry_s=3600)
+    control.leases.get()
+    timeouts = watch_waits(slots)
+    assert slots.acquire(10) is not None
+    while timeouts.get(timeout=60) != 3600:
+        pass
+    while not control.leases.empty():
+        control.leases.get()
+    for _ in range(100):
+        assert slots.acquire(1) is None
+    assert not slots._wake.is_set()
+    assert control.leases.empty()
     slots.close()
 
 
@@ -221,6 +243,7 @@ def test_close_gives_back_what_is_in_use_and_what_arrives_late(control):
     control.gate.set()
     slots.close()
     assert sorted(control.slots) == list(range(100))
+    slots.release(taken)  # a straggler: they went back already
 
 
 def test_two_replicas_share_a_store_under_load(tmp_path):

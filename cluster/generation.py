@@ -1,0 +1,123 @@
+"""From a checked call to running streams, and their events merged: one path for HTTP and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from tokenflow.cluster.streams import Stream, StreamManager
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of one choice."""
+
+    choice: int
+    events: list[TokenEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Generation:
+    """The streams of one client request: choice `i` answers prompt `i // n`. Made by `start`."""
+
+    def __init__(self, request_id: str, prompts: list[list[int]], streams: list[Stream]) -> None:
+        self.id = request_id
+        self.prompts = prompts
+        self.streams = streams
+
+    @property
+    def usage(self) -> Usage:
+        """Prompt tokens once per prompt; completion tokens received so far."""
+        return Usage(
+            sum(len(prompt) for prompt in self.prompts),
+            sum(len(stream.token_ids) for stream in self.streams),
+        )
+
+    @classmethod
+    async def start(
+        cls,
+        manager: StreamManager,
+        request_id: str,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Callable[[int, int], SamplingParams],
+        token_rate: float,
+    ) -> Generation:
+        """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
+
+        `sampling(prompt_tokens, choice)` gives a choice's parameters.
+        """
+        params = [sampling(len(prompt), i) for prompt in prompts for i in range(n)]
+        flat = [tuple(prompt) for prompt in prompts for _ in range(n)]
+        results = await asyncio.gather(
+            *(
+                manager.open(f"{request_id}-{i}", prompt, params[i], token_rate)
+                for i, prompt in enumerate(flat)
+            ),
+            return_exceptions=True,
+        )
+        streams = [r for r in results if isinstance(r, Stream)]
+        for result in results:
+            if isinstance(result, BaseException):
+                for stream in streams:
+                    manager.close(stream)
+                raise result
+        return cls(request_id, prompts, streams)
+
+    async def updates(self, max_delay_s: float) -> AsyncIterator[Update]:
+        """Batches of events of all choices until every one has ended.
+
+        Closing it early cancels what still runs. Raises TokenFlowError when a stream fails.
+        """
+        if len(self.streams) == 1:
+            batches = self.streams[0].batches(max_delay_s)
+            try:
+                async for events in batches:
+                    yield Update(0, events)
+            finally:
+                await batches.aclose()
+            return
+        merged: asyncio.Queue[Update | None | Exception] = asyncio.Queue()
+
+        async def forward(choice: int, stream: Stream) -> None:
+            try:
+                async for events in stream.batches(max_delay_s):
+                    merged.put_nowait(Update(choice, events))
+                merged.put_nowait(None)
+            except Exception as error:
+                merged.put_nowait(error)
+
+        tasks = [asyncio.create_task(forward(i, s)) for i, s in enumerate(self.streams)]
+        try:
+            running = len(tasks)
+            while running:
+                item = await merged.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def choice_seed(seed: int | None, choice: int) -> int:
+    """The sampler's seed of one choice. A request without a seed gets a random one here, so that
+    its text goes on unchanged when it moves to another replica."""
+    if seed is None:
+        return random.getrandbits(63)
+    # Distinct streams for distinct choices; choice 0 keeps the client's seed.
+    value = (seed + choice * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
+    return value - (1 << 64) if value >= 1 << 63 else value
