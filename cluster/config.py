@@ -97,7 +97,9 @@ def embedded_model() -> Path:
     return Path(tokenflow.replicas.__path__[0]) / "models" / "tokenflow-books"
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+def load_config(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+) -> ClusterConfig:
     """Read a YAML file (None = defaults) and apply overrides keyed by dotted names.
 
     Raises ConfigError naming the file and the key that is wrong.
@@ -115,7 +117,9 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} must hold a mapping of sections, not {type(loaded).__name__}.")
+            raise ConfigError(
+                f"{path} must hold a mapping of sections, not {type(loaded).__name__}."
+            )
         tree = loaded or {}
     for dotted, value in (overrides or {}).items():
         node = tree

@@ -25,7 +25,7 @@ class DemoServer:
 def demo_servers(
     options: DemoOptions,
 ) -> Iterator[Callable[[str], AbstractContextManager[DemoServer]]]:
-    """A factory of servers by policy name, all on one cluster that lives as long as this context."""
+    """A factory of servers by policy name, on one cluster that lives as long as this context."""
     overrides = {
         "ingress.port": free_port(),
         "ingress.grpc_port": free_port(),

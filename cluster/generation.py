@@ -86,7 +86,7 @@ class Generation:
             finally:
                 await batches.aclose()
             return
-        merged: asyncio.Queue[Update | None | Exception] = asyncio.Queue()
+        merged: asyncio.Queue[Update | Exception | None] = asyncio.Queue()
 
         async def forward(choice: int, stream: Stream) -> None:
             try:

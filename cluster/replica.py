@@ -224,4 +224,3 @@ class Replica:
         host = getattr(self, "_host", None)
         if host is not None:
             host.close()
-

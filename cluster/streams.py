@@ -178,10 +178,7 @@ class StreamManager:
     async def stats(self) -> list[dict[str, Any]]:
         """Counters of every replica that answers."""
         results = await asyncio.gather(
-            *(
-                self._handle.stats.remote(target=replica_id)
-                for replica_id in REGISTRY.replicas
-            ),
+            *(self._handle.stats.remote(target=replica_id) for replica_id in REGISTRY.replicas),
             return_exceptions=True,
         )
         return [r for r in results if isinstance(r, dict)]
@@ -266,9 +263,7 @@ class StreamManager:
         try:
             await self._place(stream)
         except Exception as error:
-            stream.fail(
-                TokenFlowError(f"the stream lost its replica and found no other: {error}")
-            )
+            stream.fail(TokenFlowError(f"the stream lost its replica and found no other: {error}"))
 
     async def _cancel(self, attempt_id: str, replica_id: str) -> None:
         try:

@@ -59,4 +59,6 @@ class BlockPool:
             raise RuntimeError("a block is in the free list twice")
         for block, refs in enumerate(self._refs):
             if (block in free) == (refs > 0) or refs < 0:
-                raise RuntimeError(f"block {block} has {refs} holders, in free list: {block in free}")
+                raise RuntimeError(
+                    f"block {block} has {refs} holders, in free list: {block in free}"
+                )

@@ -1,4 +1,4 @@
-"""Configuration of one engine. Part of the one pydantic tree (`cluster/config.py` holds the rest)."""
+"""Configuration of one engine: a branch of the pydantic tree in `cluster/config.py`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ class CheckpointError(TokenFlowError):
 class InvalidRequestError(TokenFlowError):
     """A request that can never succeed as sent.
 
-    `param` names the offending field, `code` is the machine-readable reason (OpenAI's `error.code`).
+    `param` names the offending field, `code` is the machine-readable reason (OpenAI's
+    `error.code`).
     """
 
     def __init__(

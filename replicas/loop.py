@@ -135,6 +135,4 @@ class EngineLoop:
 
 
 def _refused(request: Request, error: InvalidRequestError) -> TokenEvent:
-    return TokenEvent(
-        request.request_id, 0, -1, "", time.time(), None, "error", error.message
-    )
+    return TokenEvent(request.request_id, 0, -1, "", time.time(), None, "error", error.message)

@@ -36,9 +36,7 @@ class State(Enum):
 
 ARCS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
-    State.RUNNING: frozenset(
-        {State.OFFLOADING, State.PREEMPTED, State.WAITING, State.FINISHED}
-    ),
+    State.RUNNING: frozenset({State.OFFLOADING, State.PREEMPTED, State.WAITING, State.FINISHED}),
     State.OFFLOADING: frozenset({State.PREEMPTED, State.WAITING, State.FINISHED}),
     State.PREEMPTED: frozenset({State.LOADING, State.WAITING, State.FINISHED}),
     State.LOADING: frozenset({State.RUNNING, State.WAITING, State.FINISHED}),

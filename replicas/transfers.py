@@ -47,7 +47,7 @@ class Job:
 
 
 class Transfers:
-    """Starts jobs on the executor, keeps their blocks and slots alive, gives them back when done."""
+    """Starts copies, keeps their blocks and slots alive, gives them back when done."""
 
     def __init__(self, executor: Executor, pool: BlockPool, host: HostSlots) -> None:
         self._executor = executor
@@ -71,9 +71,7 @@ class Transfers:
     def pending(self, kind: Kind) -> bool:
         return any(job.kind is kind for job in self._jobs.values())
 
-    def start(
-        self, kind: Kind, items: list[tuple[Sequence, int, int, int]], now: float
-    ) -> None:
+    def start(self, kind: Kind, items: list[tuple[Sequence, int, int, int]], now: float) -> None:
         """Start one job over `(sequence, index, device block, host slot)`."""
         blocks = tuple(item[2] for item in items)
         slots = tuple(item[3] for item in items)

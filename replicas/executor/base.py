@@ -36,9 +36,7 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        return (
-            self.layers * 2 * self.block_size * self.kv_heads * self.head_dim * self.itemsize
-        )
+        return self.layers * 2 * self.block_size * self.kv_heads * self.head_dim * self.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -107,7 +105,7 @@ class Executor(Protocol):
         ...
 
     def load(self, pairs: Seq[tuple[int, int]]) -> int:
-        """Start copying host slots into device blocks: `(host slot, block id)`; returns a job id."""
+        """Start copying host slots into device blocks: `(host slot, block id)`; a job id."""
         ...
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:

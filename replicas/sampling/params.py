@@ -49,8 +49,14 @@ class SamplingParams:
             if not ok:
                 raise InvalidRequestError(f"{param} {text}", param=param, code="invalid_value")
 
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                     "frequency_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
             need(math.isfinite(getattr(self, name)), name, "must be a finite number.")
         need(self.max_tokens >= 1, "max_tokens", f"must be at least 1, got {self.max_tokens}.")
         need(
@@ -58,17 +64,29 @@ class SamplingParams:
             "min_tokens",
             f"must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}.",
         )
-        need(0 <= self.temperature <= 2, "temperature",
-             f"must be between 0 and 2, got {self.temperature}.")
+        need(
+            0 <= self.temperature <= 2,
+            "temperature",
+            f"must be between 0 and 2, got {self.temperature}.",
+        )
         need(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], got {self.top_p}.")
         need(self.top_k >= -1, "top_k", f"must be -1 (off) or >= 0, got {self.top_k}.")
         need(0 <= self.min_p <= 1, "min_p", f"must be between 0 and 1, got {self.min_p}.")
-        need(0 < self.repetition_penalty <= 10, "repetition_penalty",
-             f"must be in (0, 10], got {self.repetition_penalty}.")
-        need(-2 <= self.presence_penalty <= 2, "presence_penalty",
-             f"must be between -2 and 2, got {self.presence_penalty}.")
-        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty",
-             f"must be between -2 and 2, got {self.frequency_penalty}.")
+        need(
+            0 < self.repetition_penalty <= 10,
+            "repetition_penalty",
+            f"must be in (0, 10], got {self.repetition_penalty}.",
+        )
+        need(
+            -2 <= self.presence_penalty <= 2,
+            "presence_penalty",
+            f"must be between -2 and 2, got {self.presence_penalty}.",
+        )
+        need(
+            -2 <= self.frequency_penalty <= 2,
+            "frequency_penalty",
+            f"must be between -2 and 2, got {self.frequency_penalty}.",
+        )
         need(-(1 << 63) <= self.seed < (1 << 63), "seed", "must fit in 64 bits.")
         need(all(self.stop), "stop", "must not contain an empty string.")
         need(

@@ -91,6 +91,9 @@ class CostModel:
         return self._offload.value * blocks
 
     def capacity(self, sequences: float) -> float:
-        """Gamma: tokens/s when `sequences` decode together; infinite while unknown. [TokenFlow §4.3]"""
+        """Gamma: tokens/s when `sequences` decode together; infinite while unknown.
+
+        [TokenFlow §4.3]
+        """
         seconds = self.step_s(max(1, round(sequences)), 0)
         return sequences / seconds if seconds > 0 else math.inf

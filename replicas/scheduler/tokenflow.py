@@ -201,9 +201,7 @@ class _Pass:
 
     # -- who leaves -----------------------------------------------------------------------------
 
-    def _evict_for(
-        self, seq: Sequence, missing: int, needs_slot: bool, surplus_only: bool
-    ) -> None:
+    def _evict_for(self, seq: Sequence, missing: int, needs_slot: bool, surplus_only: bool) -> None:
         """Preempt the fullest streams until `missing` blocks are on their way, or nobody."""
         chosen: list[Sequence] = []
         for victim in self._victims_by_slack():

@@ -122,7 +122,9 @@ def run_to_end(
 def tokens_of(events: list[TokenEvent]) -> list[int]:
     """The tokens of one stream, checked to be in order, without gap or repeat."""
     tokens = [e for e in events if e.token_id >= 0]
-    assert [e.offset for e in tokens] == list(range(tokens[0].offset, tokens[0].offset + len(tokens)))
+    assert [e.offset for e in tokens] == list(
+        range(tokens[0].offset, tokens[0].offset + len(tokens))
+    )
     assert all(e.finish_reason is None for e in events[:-1])
     assert events[-1].finish_reason is not None
     return [e.token_id for e in tokens]

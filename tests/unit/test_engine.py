@@ -61,7 +61,7 @@ def test_outputs_survive_memory_pressure(policy, delay):
 def test_a_late_request_gets_its_first_token_before_the_early_ones_end():
     firsts = {}
     for policy in ("fcfs", "tokenflow"):
-        engine, _, host, _ = fake_engine(policy=policy, blocks=24, block_size=4, tick=0.02)
+        engine, *_ = fake_engine(policy=policy, blocks=24, block_size=4, tick=0.02)
         for i in range(8):
             engine.add(make_request(f"r{i}", PROMPTS[0], 60, rate=2.0))
         order = []

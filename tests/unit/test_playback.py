@@ -37,9 +37,7 @@ def test_buffer_and_stall_match_the_definition(times, rate, after):
     low = sum(c > now + 1e-6 for c in consumed_at)
     high = sum(c > now - 1e-6 for c in consumed_at)
     assert low <= playback.buffer(now) <= high
-    stall = sum(
-        max(0.0, a - (c + 1 / rate)) for a, c in zip(times[1:], consumed_at, strict=False)
-    )
+    stall = sum(max(0.0, a - (c + 1 / rate)) for a, c in zip(times[1:], consumed_at, strict=False))
     assert playback.stall_s == pytest.approx(stall, abs=1e-6)
     assert playback.slack_s(now) == pytest.approx(consumed_at[-1] + 1 / rate - now, abs=1e-6)
 

@@ -65,6 +65,7 @@ class Source:
     path: str
     read: Callable[[Path], list[list[str]]]
     rights: str
+    also: tuple[str, ...] = ()  # further files that the reader opens next to ``path``
 
 
 class RData:
@@ -240,7 +241,7 @@ AUSTEN_DB = f"{R_LIBRARY}/janeaustenr/data/Rdata.rdb"
 
 SOURCES = [
     Source(key, title, "Jane Austen", "r-cran-janeaustenr", AUSTEN_DB, austen(key),
-           AGE.format(died=1817, year=year))
+           AGE.format(died=1817, year=year), also=("Rdata.rdx",))
     for key, title, year in (
         ("emma", "Emma", 1815),
         ("mansfieldpark", "Mansfield Park", 1814),
@@ -251,7 +252,8 @@ SOURCES = [
     )
 ] + [
     Source("mobydick", "Moby Dick; or, The Whale", "Herman Melville", "r-cran-tokenizers",
-           f"{R_LIBRARY}/tokenizers/data/Rdata.rdb", moby_dick, AGE.format(died=1891, year=1851)),
+           f"{R_LIBRARY}/tokenizers/data/Rdata.rdb", moby_dick, AGE.format(died=1891, year=1851),
+           also=("Rdata.rdx",)),
     Source("tomsawyer", "The Adventures of Tom Sawyer", "Mark Twain",
            "golang-github-pierrec-lz4-dev", f"{LZ4_DATA}/Mark.Twain-Tom.Sawyer.txt", plain,
            AGE.format(died=1910, year=1876)),
@@ -260,7 +262,8 @@ SOURCES = [
            AGE.format(died=1930, year=1892)),
     Source("web", "World English Bible, narrative books", "various", "sword-text-web",
            f"{WEB_MODULE}/ot.bzz", sword,
-           "Public domain: dedicated by its translators (stated in debian/copyright)"),
+           "Public domain: dedicated by its translators (stated in debian/copyright)",
+           also=("ot.bzs", "nt.bzz", "nt.bzs")),
 ]  # fmt: skip
 
 
@@ -316,7 +319,10 @@ def main() -> None:
             "package": source.package,
             "version": version,
             "file": "/" + source.path,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": {
+                name: hashlib.sha256(path.with_name(name).read_bytes()).hexdigest()
+                for name in (path.name, *source.also)
+            },
             "rights": source.rights,
             "package_licences": package_licences(root, source.package),
             "chapters": len(chapters),

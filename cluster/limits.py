@@ -1,0 +1,21 @@
+"""Limits on what a client may ask for. Part of the one pydantic tree."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Limits(BaseModel):
+    """What a single request may ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Longest HTTP body.")
+    max_stop_sequences: int = Field(default=16, ge=0)
+    max_stop_length: int = Field(default=256, ge=1, description="Characters of one stop string.")
+    max_choices: int = Field(default=16, ge=1, description="Prompts times n of one request.")
+    max_token_rate: float = Field(default=1000.0, gt=0, description="tokens/s")
+    default_token_rate: float = Field(
+        default=20.0, gt=0, description="tokens/s of a request that declares none"
+    )
+    max_logit_bias: int = Field(default=1024, ge=0, description="Entries of logit_bias.")

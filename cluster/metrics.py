@@ -1,0 +1,114 @@
+"""Prometheus text for `GET /metrics`: the engines' counters by replica, and the ingress's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from tokenflow.replicas.stats import TTFT_BUCKETS_S
+
+_COUNTERS = {
+    "steps": ("tokenflow_steps", "Forward passes."),
+    "step_seconds": ("tokenflow_step_seconds", "Seconds in forward passes and sampling."),
+    "schedule_seconds": ("tokenflow_schedule_seconds", "Seconds of scheduling between steps."),
+    "prompt_tokens": ("tokenflow_prompt_tokens", "Prompt tokens prefilled for the first time."),
+    "recomputed_tokens": ("tokenflow_recomputed_tokens", "Tokens prefilled again."),
+    "generated_tokens": ("tokenflow_generated_tokens", "Tokens generated."),
+    "effective_tokens": (
+        "tokenflow_effective_tokens",
+        "Tokens weighted by the reader's buffer at generation, finished requests.",
+    ),
+    "requests": ("tokenflow_requests", "Requests taken."),
+    "resumes": ("tokenflow_resumes", "Preempted requests loaded back."),
+    "offloaded_bytes": ("tokenflow_offloaded_bytes", "KV bytes copied to host memory."),
+    "written_through_bytes": (
+        "tokenflow_written_through_bytes",
+        "KV bytes copied to host memory in the background, part of the offloaded ones.",
+    ),
+    "loaded_bytes": ("tokenflow_loaded_bytes", "KV bytes copied from host memory."),
+    "transfer_errors": ("tokenflow_transfer_errors", "KV copies that failed."),
+    "reader_stalls": ("tokenflow_reader_stalls", "Times a reader ran dry, finished requests."),
+    "reader_stall_seconds": ("tokenflow_reader_stall_seconds", "Seconds readers sat dry."),
+}
+_GAUGES = {
+    "now_waiting": ("tokenflow_waiting_requests", "Requests without KV."),
+    "now_running": ("tokenflow_running_requests", "Requests on the device."),
+    "now_preempted": ("tokenflow_preempted_requests", "Requests off the device or on their way."),
+    "now_free_blocks": ("tokenflow_kv_free_blocks", "Free device KV blocks."),
+    "now_total_blocks": ("tokenflow_kv_total_blocks", "Device KV blocks."),
+    "now_free_host_slots": ("tokenflow_host_free_slots", "Host KV slots at hand."),
+    "now_rate": ("tokenflow_declared_rate", "Sum of declared token rates, tokens/s."),
+}
+
+
+class _Snapshot:
+    """A collector over one reading of all replicas."""
+
+    def __init__(
+        self, replicas: Iterable[dict[str, Any]], ingress: str, streams: int, failovers: int
+    ) -> None:
+        self._replicas = list(replicas)
+        self._ingress = ingress
+        self._streams = streams
+        self._failovers = failovers
+
+    def collect(self) -> Iterator[Metric]:
+        for key, (name, text) in _COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["replica"])
+            for stats in self._replicas:
+                counter.add_metric([stats["replica_id"]], stats[key])
+            yield counter
+        preemptions = CounterMetricFamily(
+            "tokenflow_preemptions", "Requests taken off the device.", labels=["replica", "how"]
+        )
+        finished = CounterMetricFamily(
+            "tokenflow_finished_requests", "Requests ended.", labels=["replica", "reason"]
+        )
+        ttft = HistogramMetricFamily(
+            "tokenflow_time_to_first_token_seconds",
+            "From arrival at the replica to the first token.",
+            labels=["replica"],
+        )
+        for stats in self._replicas:
+            replica = stats["replica_id"]
+            preemptions.add_metric([replica, "offload"], stats["preempted_offload"])
+            preemptions.add_metric([replica, "recompute"], stats["preempted_recompute"])
+            for reason, count in stats["finished"].items():
+                finished.add_metric([replica, reason], count)
+            buckets = [
+                (str(bound), count)
+                for bound, count in zip(TTFT_BUCKETS_S, stats["ttft_buckets"], strict=True)
+            ]
+            buckets.append(("+Inf", stats["ttft_count"]))
+            ttft.add_metric([replica], buckets, stats["ttft_seconds"])
+        yield preemptions
+        yield finished
+        yield ttft
+        for key, (name, text) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["replica"])
+            for stats in self._replicas:
+                gauge.add_metric([stats["replica_id"]], stats[key])
+            yield gauge
+        streams = GaugeMetricFamily(
+            "tokenflow_ingress_streams", "Streams this ingress serves.", labels=["ingress"]
+        )
+        streams.add_metric([self._ingress], self._streams)
+        yield streams
+        failovers = CounterMetricFamily(
+            "tokenflow_failovers", "Streams moved off a lost replica.", labels=["ingress"]
+        )
+        failovers.add_metric([self._ingress], self._failovers)
+        yield failovers
+
+
+def render(
+    replicas: Iterable[dict[str, Any]], *, ingress: str, streams: int, failovers: int
+) -> bytes:
+    """The exposition text. `replicas` are dicts as `Replica.stats` returns them."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(replicas, ingress, streams, failovers))  # type: ignore[arg-type]
+    return generate_latest(registry)
