@@ -55,8 +55,8 @@ class TextStream:
             reason = FinishReason.LENGTH
         if reason is None:
             return text, None
-        rest, match = self._finish()
-        if match:
+        rest, stopped = self._finish()
+        if stopped:
             reason = FinishReason.STOP
         return text + rest, reason
 
