@@ -360,17 +360,28 @@ def model_config() -> LlamaConfig:
     )
 
 
+def drop_channels(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout with one mask for all positions of a row, which costs almost no random numbers."""
+    return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), p)
+
+
 class Learner:
     """The model, with fp32 master weights when it computes in bf16."""
 
-    def __init__(self, precision: str, peak_lr: float, compiled: bool) -> None:
+    def __init__(self, precision: str, compiled: bool, dropout: float) -> None:
         self.model = LlamaForCausalLM(model_config())
+        self.model.train()
         with torch.no_grad():  # residual outputs start small, as deep as the network is
             for name, p in self.model.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     p.mul_(1 / math.sqrt(2 * self.model.config.num_hidden_layers))
+        if dropout:  # the corpus is small and is read many times
+            for module_name, module in self.model.named_modules():
+                if module_name.endswith(("embed_tokens", "o_proj", "down_proj")):
+                    module.register_forward_hook(
+                        lambda m, _, out: drop_channels(out, dropout) if m.training else out
+                    )
         self.precision = precision
-        self.peak_lr = peak_lr
         self._own = list(self.model.parameters())
         if precision == "bf16":
             self.masters = [p.detach().clone() for p in self._own]
@@ -385,7 +396,6 @@ class Learner:
                 {"params": [p for p in decayed if p.ndim > 1], "weight_decay": 0.1},
                 {"params": [p for p in decayed if p.ndim == 1], "weight_decay": 0.0},
             ],
-            lr=peak_lr,
             betas=(0.9, 0.95),
             fused=True,
         )
@@ -450,12 +460,14 @@ class Learner:
         """Mean loss over the held-out windows."""
         x, y = windows(stream, 512, None)
         total, count = 0.0, 0
+        self.model.eval()
         for at in range(0, len(x), 16):
             labels = torch.from_numpy(y[at : at + 16])
             learnt = int((labels != -100).sum())
             inputs = torch.from_numpy(x[at : at + 16])
             total += self.loss(inputs, labels, training=False).item() * learnt
             count += learnt
+        self.model.train()
         return total / count
 
 
@@ -471,6 +483,8 @@ def export(learner: Learner, tokenizer: PreTrainedTokenizerFast, target: Path) -
             eos_token_id=[EOT, END], pad_token_id=EOT, do_sample=True, temperature=0.8, top_p=0.95
         )
         model.save_pretrained(scratch)
+        for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+            tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(scratch)
         for file in Path(scratch).iterdir():
             file.chmod(0o644)
@@ -524,7 +538,7 @@ def train(args: argparse.Namespace) -> None:
     documents = Documents(chapters, tokenizer.backend_tokenizer)
     held_out = Documents(read_corpus(corpus / "valid.jsonl"), tokenizer.backend_tokenizer).epoch(3)
 
-    learner = Learner(args.precision, args.lr, args.compile)
+    learner = Learner(args.precision, args.compile, args.dropout)
     step, tokens, epoch, elapsed, epochs_seen = 0, 0, 0, 0.0, 0.0
     next_export = args.first_export * 60.0
     if args.resume:
@@ -622,6 +636,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], default="bf16")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=150, help="steps")

@@ -1,0 +1,137 @@
+"""Fewer, larger operations in transformers' model classes, with the same result.
+
+q, k and v become one matrix product, gate and up another, RMSNorm one kernel, and rotary angles a
+table. What does not look as expected is left as it is: fusing is a matter of speed only.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenflow.replicas.executor.attention import paged_attention
+from tokenflow.replicas.executor.checkpoint import ModelSpec
+
+logger = logging.getLogger("tokenflow.engine")
+
+
+def fuse_model(model: Any, spec: ModelSpec) -> int:
+    """Fuse in place; returns the number of fused modules (0: the model runs as it came)."""
+    body = model.model
+    if not all(_is_attention(layer.self_attn) for layer in body.layers):
+        logger.warning("%s: attention layers of an unknown form; not fused", spec.architecture)
+        return 0
+    fused = 0
+    for layer in body.layers:
+        _fuse_attention(layer.self_attn)
+        fused += 1
+        if _is_mlp(layer.mlp):
+            _fuse_mlp(layer.mlp)
+            fused += 1
+    for module in body.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(_rms_norm, module)
+            fused += 1
+    _table_rotary(body.rotary_emb, spec.max_model_len, next(body.parameters()).dtype)
+    return fused + 1
+
+
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+
+def _fuse_mlp(mlp: Any) -> None:
+    parts = (mlp.gate_proj, mlp.up_proj)
+    mlp.gate_up_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+    mlp.gate_up_bias = _cat_bias(parts)
+    del mlp.gate_proj, mlp.up_proj
+
+    def run(self: Any, x: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
+        out: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+        return out
+
+    mlp.forward = MethodType(run, mlp)
+
+
+def _cat_bias(parts: tuple[Any, ...]) -> nn.Parameter | None:
+    if any(p.bias is None for p in parts):
+        return None
+    return nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
+
+
+def _is_attention(module: Any) -> bool:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if not all(isinstance(getattr(module, n, None), nn.Linear) for n in names):
+        return False
+    biases = {module.q_proj.bias is None, module.k_proj.bias is None, module.v_proj.bias is None}
+    return len(biases) == 1 and hasattr(module, "head_dim") and hasattr(module, "scaling")
+
+
+def _fuse_attention(attn: Any) -> None:
+    parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+    attn.qkv_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+    attn.qkv_bias = _cat_bias(parts)
+    attn.num_q = attn.q_proj.out_features // attn.head_dim
+    attn.num_kv = attn.k_proj.out_features // attn.head_dim
+    del attn.q_proj, attn.k_proj, attn.v_proj
+    attn.forward = MethodType(_attend, attn)
+
+
+def _attend(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    from tokenflow.replicas.executor.model import CURRENT
+
+    x = hidden_states[0]
+    tokens = x.shape[0]
+    heads = F.linear(x, self.qkv_weight, self.qkv_bias).view(tokens, -1, self.head_dim)
+    qk, value = heads.split((self.num_q + self.num_kv, self.num_kv), 1)
+    if hasattr(self, "q_norm"):
+        query, key = qk.split((self.num_q, self.num_kv), 1)
+        qk = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
+    cos, sin = position_embeddings
+    # `sin` carries the sign of the rotated half: x * cos + roll(x) * sin.
+    qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
+    assert CURRENT.batch is not None
+    out = paged_attention(
+        qk[:, : self.num_q],
+        qk[:, self.num_q :],
+        value,
+        self.layer_idx,
+        CURRENT.batch,
+        self.scaling,
+    )
+    projected: torch.Tensor = self.o_proj(out.reshape(1, tokens, -1))
+    return projected, None
+
+
+def _table_rotary(rotary: Any, max_len: int, dtype: torch.dtype) -> None:
+    """Angles for every position once, `[max_len, 1, head_dim]`, instead of at every step."""
+    inv_freq = rotary.inv_freq.float()
+    angles = torch.arange(max_len, device=inv_freq.device).float()[:, None] * inv_freq[None]
+    scale = rotary.attention_scaling
+    cos = torch.cat([angles.cos(), angles.cos()], -1) * scale
+    sin = torch.cat([-angles.sin(), angles.sin()], -1) * scale
+    rotary.cos_table = cos.to(dtype)[:, None]
+    rotary.sin_table = sin.to(dtype)[:, None]
+
+    def look_up(
+        self: Any, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = position_ids[0]
+        return self.cos_table[positions], self.sin_table[positions]
+
+    rotary.forward = MethodType(look_up, rotary)

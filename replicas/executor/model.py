@@ -1,0 +1,100 @@
+"""Loading a Hugging Face checkpoint and running its forward pass over the paged pool.
+
+The model classes are transformers' own; our attention is registered with them under one name. The
+step's metadata travels in `CURRENT`, not in keyword arguments, which some model families drop.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenflow.replicas.errors import CheckpointError
+from tokenflow.replicas.executor.attention import AttentionBatch, paged_attention
+from tokenflow.replicas.executor.checkpoint import ModelSpec
+
+logger = logging.getLogger("tokenflow.engine")
+
+# No "flash", "sdpa" or "flex" in the name: transformers treats those by substring.
+ATTENTION = "tokenflow_paged"
+
+
+class _Current:
+    """The batch of the step that is running; one engine thread per process."""
+
+    batch: AttentionBatch | None = None
+
+
+CURRENT = _Current()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: `[1, heads, tokens, head_dim]` in, tokens first out."""
+    assert CURRENT.batch is not None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layer,
+        CURRENT.batch,
+        scale,
+    )
+    return out[None], None
+
+
+def load_model(spec: ModelSpec, device: torch.device) -> Any:
+    """The model in evaluation mode on `device`. Raises CheckpointError when loading fails."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, _attention)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CheckpointError(
+            f"{spec.path}: the weights cannot be loaded ({type(error).__name__}: {first}); the "
+            "checkpoint is damaged or does not match its config.json."
+        ) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def forward(
+    model: Any,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    batch: AttentionBatch,
+    sample_rows: torch.Tensor,
+) -> torch.Tensor:
+    """Logits float32 `[rows, vocab]` of the packed batch at `sample_rows`.
+
+    token_ids and positions int64 `[tokens]`; sample_rows int64 indices into them.
+    """
+    CURRENT.batch = batch
+    try:
+        hidden = model.model(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False
+        ).last_hidden_state[0]
+        if sample_rows.numel() == 0:
+            return hidden.new_empty((0, model.config.vocab_size), dtype=torch.float32)
+        logits: torch.Tensor = model.lm_head(hidden.index_select(0, sample_rows))
+        return logits.float()
+    finally:
+        CURRENT.batch = None

@@ -1,0 +1,21 @@
+"""Loading a checkpoint's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenflow.replicas.errors import CheckpointError
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The Hugging Face tokenizer of a local model directory. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {first})."
+        ) from error
