@@ -1,0 +1,183 @@
+"""Answers in OpenAI's framing: whole bodies, and server-sent events for streams."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from tokenflow.cluster.api.protocol import Call
+from tokenflow.replicas.output import TokenEvent
+
+DONE = b"data: [DONE]\n\n"
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return (
+        b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    )
+
+
+def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def model_body(name: str, created: int, max_model_len: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "tokenflow",
+        "max_model_len": max_model_len,
+    }
+
+
+def new_id(call: Call) -> str:
+    """The client's own id, or a new one in OpenAI's style."""
+    if call.request_id:
+        return call.request_id
+    return ("chatcmpl-" if call.is_chat else "cmpl-") + uuid.uuid4().hex
+
+
+class Answer:
+    """Frames the answer to one call. `token_text` renders one token id, for logprobs."""
+
+    def __init__(
+        self, call: Call, answer_id: str, model: str, token_text: Callable[[int], str]
+    ) -> None:
+        self._call = call
+        self._token_text = token_text
+        self._lengths: dict[int, int] = {}
+        kind = "chat.completion" if call.is_chat else "text_completion"
+        chunk = "chat.completion.chunk" if call.is_chat else "text_completion"
+        created = int(time.time())
+        self._whole = {"id": answer_id, "object": kind, "created": created, "model": model}
+        self._chunk = {"id": answer_id, "object": chunk, "created": created, "model": model}
+
+    # -- streams --------------------------------------------------------------------------------
+
+    def opening(self, choices: int, echo: Seq[str] = ()) -> bytes:
+        """What a stream begins with: the role of each chat choice, or the echoed prompts."""
+        out = b""
+        for index in range(choices):
+            if self._call.is_chat:
+                out += self._event(index, {"role": "assistant", "content": ""}, None, None)
+            elif self._call.echo:
+                out += self._event(index, echo[index], None, None)
+        return out
+
+    def chunk(
+        self, index: int, events: Seq[TokenEvent], usage: Callable[[], dict[str, int]]
+    ) -> bytes:
+        """A batch of one choice's tokens; with its finish reason, if it ends here."""
+        text = "".join(event.text for event in events)
+        reason = events[-1].finish_reason
+        logprobs = self._logprobs(index, events)
+        counted = usage() if self._call.continuous_usage else None
+        if not self._call.is_chat:
+            return self._event(index, text, logprobs, reason, counted)
+        out = b""
+        if text or logprobs or reason is None:
+            out = self._event(index, {"content": text}, logprobs, None, counted)
+        if reason is not None:
+            out += self._event(index, {}, None, reason, counted)
+        return out
+
+    def closing(self, usage: dict[str, int]) -> bytes:
+        """The end of a stream."""
+        if not self._call.include_usage:
+            return DONE
+        return sse({**self._chunk, "choices": [], "usage": usage}) + DONE
+
+    def _event(
+        self,
+        index: int,
+        content: Any,
+        logprobs: dict[str, Any] | None,
+        reason: str | None,
+        usage: dict[str, int] | None = None,
+    ) -> bytes:
+        key = "delta" if self._call.is_chat else "text"
+        choice = {"index": index, key: content, "logprobs": logprobs, "finish_reason": reason}
+        data: dict[str, Any] = {**self._chunk, "choices": [choice]}
+        if self._call.include_usage or self._call.continuous_usage:
+            data["usage"] = usage
+        return sse(data)
+
+    # -- whole answers --------------------------------------------------------------------------
+
+    def whole(
+        self, choices: Seq[Seq[TokenEvent]], usage: dict[str, int], echo: Seq[str] = ()
+    ) -> dict[str, Any]:
+        """The body of an answer that is not streamed; one list of events per choice."""
+        bodies = []
+        for index, events in enumerate(choices):
+            text = "".join(event.text for event in events)
+            if not self._call.is_chat and self._call.echo:
+                text = echo[index] + text
+            body: dict[str, Any] = {"index": index}
+            if self._call.is_chat:
+                body["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                body["text"] = text
+            body["logprobs"] = self._logprobs(index, events)
+            body["finish_reason"] = events[-1].finish_reason
+            bodies.append(body)
+        return {**self._whole, "choices": bodies, "usage": usage}
+
+    # -- logprobs -------------------------------------------------------------------------------
+
+    def _logprobs(self, index: int, events: Seq[TokenEvent]) -> dict[str, Any] | None:
+        if self._call.sampling.logprobs is None:
+            return None
+        drawn = [event for event in events if event.logprobs is not None]
+        if self._call.is_chat:
+            return {"content": [self._chat_logprob(event) for event in drawn], "refusal": None}
+        return self._completion_logprobs(index, drawn)
+
+    def _chat_logprob(self, event: TokenEvent) -> dict[str, Any]:
+        assert event.logprobs is not None
+        return {
+            **self._token(event.token_id, event.logprobs.chosen),
+            "top_logprobs": [self._token(t, value) for t, value in event.logprobs.top],
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token_id)
+        return {
+            "token": text,
+            "logprob": finite(logprob),
+            "bytes": list(text.encode("utf-8", "replace")),
+        }
+
+    def _completion_logprobs(self, index: int, drawn: Iterable[TokenEvent]) -> dict[str, Any]:
+        tokens, values, top, offsets = [], [], [], []
+        at = self._lengths.get(index, 0)
+        for event in drawn:
+            assert event.logprobs is not None
+            text = self._token_text(event.token_id)
+            tokens.append(text)
+            values.append(finite(event.logprobs.chosen))
+            top.append({self._token_text(t): finite(v) for t, v in event.logprobs.top})
+            offsets.append(at)
+            at += len(text)
+        self._lengths[index] = at
+        return {
+            "tokens": tokens,
+            "token_logprobs": values,
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
+
+
+def finite(logprob: float) -> float:
+    """JSON has no -Infinity; -9999 is what OpenAI uses for "impossible"."""
+    return max(logprob, -9999.0)

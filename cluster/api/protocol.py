@@ -1,0 +1,478 @@
+"""Parsing OpenAI requests: bytes in, a checked `Call` out, or an InvalidRequestError that names the
+field. What vLLM adds to the API (top_k, min_p, ignore_eos, ...) is understood; fields nobody knows
+are ignored, since clients send all sorts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenflow.cluster.limits import Limits
+from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+_DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default max_tokens of /v1/completions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The sampling fields of a request; None = not given."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One client request, whichever way it came. Either `prompts` or `messages` is set."""
+
+    model: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    token_rate: float
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    echo: bool = False
+    request_id: str | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.messages)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class _Common(_Strict):
+    model: str
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: int | None = None
+    min_p: Number | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    seed: int | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    token_rate: Number | None = None
+    request_id: Annotated[str, Field(max_length=256)] | None = None
+    user: str | None = None
+
+
+class _Completion(_Common):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class _ContentPart(_Strict):
+    type: str
+    text: str | None = None
+
+
+class _Message(_Strict):
+    role: str
+    content: str | list[_ContentPart] | None = None
+
+
+class _Chat(_Common):
+    messages: list[_Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+_Request = TypeVar("_Request", bound=BaseModel)
+_CHAT_UNSUPPORTED = ("tools", "functions", "audio")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def parse_body(raw: bytes, limits: Limits) -> dict[str, Any]:
+    """The JSON object of a request body. Raises InvalidRequestError (413 when it is too long)."""
+    if len(raw) > limits.max_body_bytes:
+        too_long(limits)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _reject(f"The body is not valid UTF-8 (byte {error.start}).", None, "invalid_utf8")
+    try:
+        body = json.loads(text, parse_constant=_reject_constant)
+    except RecursionError:
+        _reject("The body is nested too deeply.", None, "invalid_json")
+    except ValueError as error:
+        _reject(f"The body is not valid JSON: {error}.", None, "invalid_json")
+    if not isinstance(body, dict):
+        _reject("The body must be a JSON object.", None, "invalid_json")
+    if "\\u" in text:
+        # json accepts escaped lone surrogates, which are no text and cannot be encoded again.
+        try:
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+        except (UnicodeEncodeError, RecursionError):
+            _reject("The body holds text that is not valid Unicode.", None, "invalid_utf8")
+    return body
+
+
+def too_long(limits: Limits) -> NoReturn:
+    """Raise the error for a body above the limit."""
+    raise InvalidRequestError(
+        f"The body is larger than {limits.max_body_bytes} bytes.",
+        code="request_too_large",
+        status=413,
+    )
+
+
+def parse_completion(
+    body: Mapping[str, Any],
+    *,
+    model_names: Collection[str],
+    limits: Limits,
+    header_rate: str | None = None,
+) -> Call:
+    """A /v1/completions request. Raises InvalidRequestError."""
+    request = _validate(_Completion, body)
+    check_model(request.model, model_names)
+    n = request.n if request.n is not None else 1
+    if request.best_of is not None and request.best_of != n:
+        _unsupported("best_of")
+    if request.suffix:
+        _unsupported("suffix")
+    prompts = _prompts(request.prompt)
+    _check_choices(n, len(prompts), limits)
+    return Call(
+        model=request.model,
+        prompts=prompts,
+        messages=(),
+        sampling=_sampling(request, request.max_tokens, request.logprobs, limits),
+        n=n,
+        echo=bool(request.echo),
+        **_delivery(request, limits, header_rate),
+    )
+
+
+def parse_chat(
+    body: Mapping[str, Any],
+    *,
+    model_names: Collection[str],
+    limits: Limits,
+    header_rate: str | None = None,
+) -> Call:
+    """A /v1/chat/completions request. Raises InvalidRequestError."""
+    for name in _CHAT_UNSUPPORTED:
+        if body.get(name):
+            _unsupported(name)
+    response_format = body.get("response_format")
+    if response_format is not None and response_format != {"type": "text"}:
+        _unsupported("response_format")
+    request = _validate(_Chat, body)
+    check_model(request.model, model_names)
+    n = request.n if request.n is not None else 1
+    _check_choices(n, 1, limits)
+    logprobs = None
+    if request.logprobs:
+        logprobs = request.top_logprobs or 0
+    elif request.top_logprobs is not None:
+        _reject("top_logprobs needs logprobs to be true.", "top_logprobs")
+    limit = request.max_completion_tokens
+    return Call(
+        model=request.model,
+        prompts=(),
+        messages=_messages(request.messages),
+        sampling=_sampling(
+            request, limit if limit is not None else request.max_tokens, logprobs, limits
+        ),
+        n=n,
+        **_delivery(request, limits, header_rate),
+    )
+
+
+def build_sampling(
+    call: Call, *, prompt_tokens: int, max_model_len: int, vocab_size: int, seed: int
+) -> SamplingParams:
+    """The engine's parameters for one choice. Raises InvalidRequestError.
+
+    Without max_tokens a chat may fill the context, a completion gets 16 tokens.
+    """
+    asked = call.sampling
+    room = max_model_len - prompt_tokens
+    if prompt_tokens < 1:
+        _reject("The prompt is empty.", "messages" if call.is_chat else "prompt")
+    if room < 1:
+        _too_long_context(max_model_len, prompt_tokens, None)
+    max_tokens = asked.max_tokens
+    if max_tokens is None:
+        max_tokens = room if call.is_chat else min(room, _DEFAULT_COMPLETION_TOKENS)
+    if max_tokens > room:
+        _too_long_context(max_model_len, prompt_tokens, max_tokens)
+    for name, ids in (("logit_bias", asked.logit_bias), ("stop_token_ids", asked.stop_token_ids)):
+        wrong = [i for i in ids if not 0 <= i < vocab_size]
+        if wrong:
+            _reject(
+                f"{name} has token ids outside the vocabulary (0 to {vocab_size - 1}): "
+                f"{wrong[:5]}.",
+                name,
+            )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=asked.min_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        seed=seed,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias=dict(asked.logit_bias),
+        stop=asked.stop,
+        stop_token_ids=asked.stop_token_ids,
+        include_stop_str_in_output=asked.include_stop_str_in_output,
+        ignore_eos=asked.ignore_eos,
+        skip_special_tokens=asked.skip_special_tokens,
+        logprobs=asked.logprobs,
+    )
+
+
+def check_rate(rate: float | None, limits: Limits) -> float:
+    """The declared rate in tokens/s, or the default. Raises InvalidRequestError."""
+    if rate is None:
+        return limits.default_token_rate
+    if not math.isfinite(rate) or not 0 < rate <= limits.max_token_rate:
+        _reject(
+            f"token_rate must be above 0 and at most {limits.max_token_rate:g} tokens/s, "
+            f"got {rate:g}.",
+            "token_rate",
+            "invalid_value",
+        )
+    return rate
+
+
+def check_model(model: str, names: Collection[str]) -> None:
+    """Raise the 404 for a model that is not served."""
+    if model not in names:
+        served = ", ".join(sorted(names))
+        raise InvalidRequestError(
+            f"The model {model!r} does not exist; served here: {served}.",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+
+
+def check_stops(stop: tuple[str, ...], limits: Limits) -> tuple[str, ...]:
+    """Stop strings within the limits. Raises InvalidRequestError."""
+    if len(stop) > limits.max_stop_sequences:
+        _reject(
+            f"stop has {len(stop)} sequences; at most {limits.max_stop_sequences} are allowed.",
+            "stop",
+        )
+    if any(len(s) > limits.max_stop_length for s in stop):
+        _reject(f"A stop sequence is longer than {limits.max_stop_length} characters.", "stop")
+    if not all(stop):
+        _reject("stop must not contain an empty string.", "stop")
+    return stop
+
+
+# -- the pieces -------------------------------------------------------------------------------------
+
+
+def _validate(model: type[_Request], body: Mapping[str, Any]) -> _Request:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(str(part) for part in first["loc"])
+        kind = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+        raise InvalidRequestError(f"{where}: {first['msg']}.", param=param, code=kind) from None
+    except RecursionError:
+        _reject("The body is nested too deeply.", None, "invalid_json")
+
+
+def _prompts(
+    prompt: str | list[str] | list[int] | list[list[int]],
+) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(prompt, str):
+        prompts: tuple[str | tuple[int, ...], ...] = (prompt,)
+    elif all(isinstance(p, int) for p in prompt):
+        prompts = (tuple(prompt),) if prompt else ()  # type: ignore[arg-type]
+    else:
+        prompts = tuple(p if isinstance(p, str) else tuple(p) for p in prompt)  # type: ignore[arg-type]
+    if not prompts or not all(prompts):
+        _reject("The prompt is empty.", "prompt")
+    return prompts
+
+
+def _messages(messages: list[_Message]) -> tuple[Message, ...]:
+    if not messages:
+        _reject("messages is empty.", "messages")
+    return tuple(_message(i, m) for i, m in enumerate(messages))
+
+
+def _message(index: int, message: _Message) -> Message:
+    if message.role not in _ROLES:
+        _reject(
+            f"messages.{index}.role: unknown role {message.role!r}; use one of "
+            f"{', '.join(_ROLES)}.",
+            "messages",
+        )
+    content = message.content
+    if content is None:
+        return Message(message.role, "")
+    if isinstance(content, str):
+        return Message(message.role, content)
+    for part in content:
+        if part.type != "text" or part.text is None:
+            _reject(
+                f"messages.{index}.content: parts of type {part.type!r} are not supported, only "
+                "text.",
+                "messages",
+                "unsupported_parameter",
+            )
+    return Message(message.role, "".join(part.text or "" for part in content))
+
+
+def _check_choices(n: int, prompts: int, limits: Limits) -> None:
+    if n < 1:
+        _reject(f"n must be at least 1, got {n}.", "n")
+    if n * prompts > limits.max_choices:
+        _reject(
+            f"n times the number of prompts is {n * prompts}; at most {limits.max_choices} "
+            "are allowed.",
+            "n",
+        )
+
+
+def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict[str, Any]:
+    options = request.stream_options
+    if options is not None and not request.stream:
+        _reject("stream_options is only allowed when stream is true.", "stream_options")
+    rate: float | None = request.token_rate
+    if rate is None and header_rate is not None:
+        try:
+            rate = float(header_rate)
+        except ValueError:
+            _reject("The header X-Token-Rate must be a number.", "token_rate")
+    return {
+        "token_rate": check_rate(rate, limits),
+        "stream": bool(request.stream),
+        "include_usage": bool(options and options.include_usage),
+        "continuous_usage": bool(options and options.continuous_usage_stats),
+        "request_id": request.request_id or None,
+    }
+
+
+def _sampling(
+    request: _Common, max_tokens: int | None, logprobs: int | None, limits: Limits
+) -> Sampling:
+    stop = request.stop
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    bias = request.logit_bias or {}
+    if len(bias) > limits.max_logit_bias:
+        _reject(f"logit_bias has more than {limits.max_logit_bias} entries.", "logit_bias")
+    try:
+        logit_bias = {int(token): value for token, value in bias.items()}
+    except ValueError:
+        _reject("The keys of logit_bias must be token ids.", "logit_bias")
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        name = "top_logprobs" if isinstance(request, _Chat) else "logprobs"
+        _reject(f"{name} must be between 0 and {MAX_LOGPROBS}.", name)
+    if max_tokens is not None and max_tokens < 1:
+        _reject(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
+    given = {
+        name: getattr(request, name)
+        for name in (
+            "min_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "skip_special_tokens",
+        )
+        if getattr(request, name) is not None
+    }
+    return Sampling(
+        max_tokens=max_tokens,
+        seed=request.seed,
+        logit_bias=logit_bias,
+        stop=check_stops(stops, limits),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        logprobs=logprobs,
+        **given,
+    )
+
+
+def _too_long_context(limit: int, prompt_tokens: int, max_tokens: int | None) -> NoReturn:
+    asked = f" and {max_tokens} tokens of output were requested" if max_tokens is not None else ""
+    _reject(
+        f"This model's maximum context length is {limit} tokens, but the prompt has "
+        f"{prompt_tokens} tokens{asked}. Shorten the prompt or lower max_tokens.",
+        "max_tokens" if max_tokens is not None else None,
+        "context_length_exceeded",
+    )
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unsupported(name: str) -> NoReturn:
+    _reject(f"{name} is not supported.", name, "unsupported_parameter")
+
+
+def _reject(message: str, param: str | None, code: str = "invalid_value") -> NoReturn:
+    raise InvalidRequestError(message, param=param, code=code)

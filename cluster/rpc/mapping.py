@@ -1,0 +1,152 @@
+"""gRPC messages to and from the types that HTTP uses too, so that both obey the same rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import grpc
+
+from tokenflow.cluster.api.errors import INTERNAL_MESSAGE
+from tokenflow.cluster.api.protocol import (
+    Call,
+    Message,
+    Sampling,
+    check_model,
+    check_rate,
+    check_stops,
+)
+from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.rpc import inference_pb2 as pb
+from tokenflow.replicas.errors import CapacityError, EngineDeadError, InvalidRequestError
+from tokenflow.replicas.output import TokenEvent
+
+logger = logging.getLogger("ray.serve")
+
+_OPTIONAL = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "logprobs",
+)
+
+
+def call_from(
+    request: pb.GenerateRequest,
+    *,
+    model_names: Collection[str],
+    limits: Limits,
+    metadata_rate: str | None = None,
+) -> Call:
+    """The call of a GenerateRequest. Raises InvalidRequestError.
+
+    `metadata_rate` is the value of the `x-token-rate` metadata; the field in the message wins.
+    """
+    model = request.model or next(iter(model_names))
+    check_model(model, model_names)
+    rate: float | None = request.token_rate if request.HasField("token_rate") else None
+    if rate is None and metadata_rate is not None:
+        try:
+            rate = float(metadata_rate)
+        except ValueError:
+            raise InvalidRequestError(
+                "The metadata x-token-rate must be a number.", param="token_rate"
+            ) from None
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    messages: tuple[Message, ...] = ()
+    kind = request.WhichOneof("input")
+    if kind == "text":
+        prompts = (request.text,)
+    elif kind == "token_ids":
+        prompts = (tuple(request.token_ids.ids),)
+    elif kind == "chat":
+        messages = tuple(Message(m.role, m.content) for m in request.chat.messages)
+    if not messages and not (prompts and prompts[0]):
+        raise InvalidRequestError("The prompt is empty.", param="input")
+    return Call(
+        model=model,
+        prompts=prompts,
+        messages=messages,
+        sampling=_sampling(request.sampling, limits),
+        token_rate=check_rate(rate, limits),
+        stream=True,
+        request_id=request.request_id or None,
+    )
+
+
+def _sampling(message: pb.SamplingParams, limits: Limits) -> Sampling:
+    given: dict[str, Any] = {
+        name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)
+    }
+    if given.get("max_tokens", 1) < 1:
+        raise InvalidRequestError(
+            f"max_tokens must be at least 1, got {given['max_tokens']}.", param="max_tokens"
+        )
+    if len(message.logit_bias) > limits.max_logit_bias:
+        raise InvalidRequestError(
+            f"logit_bias has more than {limits.max_logit_bias} entries.", param="logit_bias"
+        )
+    return Sampling(
+        logit_bias=dict(message.logit_bias),
+        stop=check_stops(tuple(message.stop), limits),
+        stop_token_ids=tuple(message.stop_token_ids),
+        **given,
+    )
+
+
+def response_from(
+    request_id: str, events: Seq[TokenEvent], usage: tuple[int, int] | None
+) -> pb.GenerateResponse:
+    """One message for a batch of events; `usage` (prompt, completion tokens) on the last one."""
+    tokens = [event for event in events if event.token_id >= 0]
+    message = pb.GenerateResponse(
+        request_id=request_id,
+        offset=tokens[0].offset if tokens else events[0].offset,
+        token_ids=[event.token_id for event in tokens],
+        text="".join(event.text for event in events),
+        generated_at_unix_s=[event.generated_at for event in tokens],
+        finish_reason=events[-1].finish_reason or "",
+    )
+    for event in tokens:
+        if event.logprobs is not None:
+            message.logprobs.append(
+                pb.TokenLogprobs(
+                    chosen=event.logprobs.chosen,
+                    top=[pb.TopLogprob(token_id=t, logprob=v) for t, v in event.logprobs.top],
+                )
+            )
+    if usage is not None:
+        message.usage.prompt_tokens, message.usage.completion_tokens = usage
+    return message
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """(code, details) for any exception; internals are logged, never shown."""
+    if isinstance(error, InvalidRequestError):
+        code = {
+            404: grpc.StatusCode.NOT_FOUND,
+            413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        }.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
+        where = f"{error.param}: " if error.param else ""
+        return code, where + error.message
+    if isinstance(error, CapacityError):
+        return (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{error} (retry after {error.retry_after_s:g} s)",
+        )
+    if isinstance(error, EngineDeadError):
+        return grpc.StatusCode.UNAVAILABLE, "No replica can serve this request right now."
+    logger.error("request failed: %r", error, exc_info=error)
+    return grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE

@@ -1,0 +1,57 @@
+"""Registers the Inference service with Serve's gRPC server, tolerant of broken requests.
+
+A request that is not a valid message reaches the deployment as `MalformedRequest` instead of an
+error inside the gRPC server, so that the client gets INVALID_ARGUMENT and not UNKNOWN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+
+from tokenflow.cluster.rpc import inference_pb2
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedRequest:
+    """Bytes that are not the request message: bad wire format, or text that is not UTF-8."""
+
+    reason: str
+
+
+def tolerant(message: Any) -> Callable[[bytes], Any]:
+    """A deserializer that returns MalformedRequest instead of raising."""
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            return MalformedRequest(str(error))
+
+    return deserialize
+
+
+def add_inference_to_server(servicer: Any, server: Any) -> None:
+    """What Serve's `grpc_servicer_functions` calls."""
+    handlers = {}
+    for method in SERVICE.methods:
+        make = (
+            grpc.unary_stream_rpc_method_handler
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        handlers[method.name] = make(
+            getattr(servicer, method.name),
+            request_deserializer=tolerant(GetMessageClass(method.input_type)),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),)
+    )
