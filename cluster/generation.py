@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from tokenflow.cluster.streams import Stream, StreamManager
@@ -29,18 +29,23 @@ class Usage:
 class Generation:
     """The streams of one client request: choice `i` answers prompt `i // n`. Made by `start`."""
 
-    def __init__(self, request_id: str, prompts: list[list[int]], streams: list[Stream]) -> None:
+    def __init__(
+        self,
+        manager: StreamManager,
+        request_id: str,
+        prompts: list[list[int]],
+        streams: list[Stream],
+    ) -> None:
+        self._manager = manager
         self.id = request_id
         self.prompts = prompts
         self.streams = streams
+        self._delivered = 0
 
     @property
     def usage(self) -> Usage:
-        """Prompt tokens once per prompt; completion tokens received so far."""
-        return Usage(
-            sum(len(prompt) for prompt in self.prompts),
-            sum(len(stream.token_ids) for stream in self.streams),
-        )
+        """Prompt tokens once per prompt; completion tokens of the updates so far."""
+        return Usage(sum(len(prompt) for prompt in self.prompts), self._delivered)
 
     @classmethod
     async def start(
@@ -56,28 +61,42 @@ class Generation:
 
         `sampling(prompt_tokens, choice)` gives a choice's parameters.
         """
-        params = [sampling(len(prompt), i) for prompt in prompts for i in range(n)]
-        flat = [tuple(prompt) for prompt in prompts for _ in range(n)]
-        results = await asyncio.gather(
-            *(
-                manager.open(f"{request_id}-{i}", prompt, params[i], token_rate)
-                for i, prompt in enumerate(flat)
-            ),
-            return_exceptions=True,
-        )
-        streams = [r for r in results if isinstance(r, Stream)]
-        for result in results:
-            if isinstance(result, BaseException):
-                for stream in streams:
-                    manager.close(stream)
-                raise result
-        return cls(request_id, prompts, streams)
+        streams = [
+            Stream(manager, request_id, tuple(prompt), sampling(len(prompt), i), token_rate)
+            for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
+        ]
+        generation = cls(manager, request_id, prompts, streams)
+        try:
+            results = await asyncio.gather(
+                *(manager.open(stream) for stream in streams), return_exceptions=True
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+        except BaseException:
+            generation.close()
+            raise
+        return generation
 
-    async def updates(self, max_delay_s: float) -> AsyncIterator[Update]:
+    def close(self) -> None:
+        """Cancel what still runs. Idempotent."""
+        for stream in self.streams:
+            self._manager.close(stream)
+
+    async def updates(self, max_delay_s: float) -> AsyncGenerator[Update, None]:
         """Batches of events of all choices until every one has ended.
 
         Closing it early cancels what still runs. Raises TokenFlowError when a stream fails.
         """
+        merged = self._merged(max_delay_s)
+        try:
+            async for update in merged:
+                self._delivered += sum(event.token_id >= 0 for event in update.events)
+                yield update
+        finally:
+            await merged.aclose()
+
+    async def _merged(self, max_delay_s: float) -> AsyncGenerator[Update, None]:
         if len(self.streams) == 1:
             batches = self.streams[0].batches(max_delay_s)
             try:

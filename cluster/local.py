@@ -97,7 +97,9 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start Ray (when none runs) and Serve's HTTP and gRPC fronts."""
-        self._scratch = Path(tempfile.mkdtemp(prefix="tokenflow-"))
+        # Unix sockets go in here below a folder of 57 characters that Serve adds; their paths may
+        # have 97, whatever TMPDIR is.
+        self._scratch = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
         self._set_environment(self._scratch)
         import ray
         from ray import serve
@@ -148,7 +150,6 @@ class LocalCluster:
 
     def _set_environment(self, scratch: Path) -> None:
         """Serve reads these in the processes that Ray starts; what the user has set wins."""
-        haproxy = scratch / "haproxy"
         values = {
             "RAY_USAGE_STATS_ENABLED": "0",
             # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
@@ -156,17 +157,16 @@ class LocalCluster:
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             # Two clusters on one machine must not share sockets or ports.
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         }
-        haproxy.mkdir()
         if self._loopback:
             # Keeps Ray on 127.0.0.1 instead of the first network interface.
             values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

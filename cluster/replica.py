@@ -84,6 +84,7 @@ class Replica:
             sharers=sharers,
         )
         self._max_model_len = engine.max_model_len
+        self._vocab_size = spec.vocab_size
         self._engine = EngineLoop(engine, self._emit, self._on_death)
         self._engine.start()
 
@@ -200,7 +201,11 @@ class Replica:
 
     async def info(self) -> dict[str, Any]:
         """What the ingress must know before it takes requests."""
-        return {"replica_id": self._replica_id, "max_model_len": self._max_model_len}
+        return {
+            "replica_id": self._replica_id,
+            "max_model_len": self._max_model_len,
+            "vocab_size": self._vocab_size,
+        }
 
     async def stats(self, *, target: str) -> dict[str, Any]:
         """The engine's counters. Raises WrongReplicaError."""

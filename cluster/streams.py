@@ -18,7 +18,7 @@ from typing import Any
 from tokenflow.cluster.coalescer import StreamCoalescer
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.wire import Submission, unpack
-from tokenflow.replicas.errors import EngineDeadError, TokenFlowError
+from tokenflow.replicas.errors import EngineDeadError, RequestCancelledError, TokenFlowError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -29,17 +29,19 @@ _RETRY_PAUSE_S = 0.25
 
 
 class Stream:
-    """One sequence on its way to one client. Made by `StreamManager.open`."""
+    """One sequence on its way to one client. `StreamManager.open` starts it."""
 
     def __init__(
         self,
         manager: StreamManager,
-        stream_id: str,
+        request_id: str,
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
         token_rate: float,
     ) -> None:
-        self.id = stream_id
+        self.id = uuid.uuid4().hex
+        self.request_id = request_id
+        """The client's request; several streams may answer it, and clients may repeat ids."""
         self.prompt_ids = prompt_ids
         self.params = params
         self.token_rate = token_rate
@@ -148,32 +150,33 @@ class StreamManager:
 
     def find(self, request_id: str) -> list[Stream]:
         """Live streams of a client's request."""
-        prefix = f"{request_id}-"
-        return [s for s in self._streams.values() if s.id.startswith(prefix)]
+        return [s for s in self._streams.values() if s.request_id == request_id]
 
-    async def open(
-        self,
-        stream_id: str,
-        prompt_ids: tuple[int, ...],
-        params: SamplingParams,
-        token_rate: float,
-    ) -> Stream:
-        """Submit a request and return its stream once a replica has taken it.
+    async def open(self, stream: Stream) -> None:
+        """Submit a new stream; returns once a replica has taken it.
 
-        Raises what the replica refuses it with: InvalidRequestError, CapacityError.
+        Raises what the replica refuses it with: InvalidRequestError, CapacityError. When this call
+        is cancelled the submission still runs to its end, so that `close` can undo it.
         """
-        stream = Stream(self, stream_id, prompt_ids, params, token_rate)
-        await self._place(stream)
-        return stream
+        await asyncio.shield(self._spawn(self._place(stream)))
 
     def close(self, stream: Stream) -> None:
-        """The client is served or gone: forget the stream, and end it on its replica."""
+        """The client is served or gone: forget the stream, and end it on its replica. Idempotent,
+        and valid in every state, also while the stream is being opened or moved."""
+        self._release(stream)
+        if stream.finish_reason is None:
+            stream.finish_reason = "cancelled"
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream on someone else's word; its reader gets RequestCancelledError."""
+        self._release(stream)
+        stream.fail(RequestCancelledError("The request was cancelled."))
+
+    def _release(self, stream: Stream) -> None:
         known = self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
         if known is not None and stream.finish_reason is None and stream.replica_id is not None:
             self._spawn(self._cancel(stream.attempt_id, stream.replica_id))
-        if stream.finish_reason is None:
-            stream.finish_reason = "cancelled"
 
     async def stats(self) -> list[dict[str, Any]]:
         """Counters of every replica that answers."""
@@ -204,9 +207,7 @@ class StreamManager:
             )
             self._streams[attempt_id] = stream
             try:
-                replica_id = await self._handle.submit.remote(
-                    submission, route=(attempt_id, stream.token_rate)
-                )
+                replica_id = await self._submit(submission, stream.token_rate, deadline)
             except BaseException as error:
                 self._streams.pop(attempt_id, None)
                 REGISTRY.finish(attempt_id)
@@ -214,6 +215,8 @@ class StreamManager:
                 if not lost or time.monotonic() > deadline or stream.attempt >= MAX_ATTEMPTS:
                     raise
                 await asyncio.sleep(_RETRY_PAUSE_S)
+                if stream.finish_reason is not None:
+                    return
                 continue
             if stream.finish_reason is not None:
                 # The client left while the request was on its way.
@@ -225,6 +228,17 @@ class StreamManager:
             if replica_id not in self._pumps:
                 self._pumps[replica_id] = self._spawn(self._pump(replica_id))
             return
+
+    async def _submit(self, submission: Submission, rate: float, deadline: float) -> str:
+        """The id of the replica that took it. Raises EngineDeadError when none is there in time."""
+        response = self._handle.submit.remote(submission, route=(submission.request_id, rate))
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                replica_id: str = await response
+                return replica_id
+        except TimeoutError:
+            response.cancel()
+            raise EngineDeadError("no replica took the request in time") from None
 
     async def _pump(self, replica_id: str) -> None:
         """Fetch the frames of one replica until it is lost."""

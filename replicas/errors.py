@@ -45,6 +45,10 @@ class CapacityError(TokenFlowError):
         self.retry_after_s = retry_after_s
 
 
+class RequestCancelledError(TokenFlowError):
+    """The request was ended early by a call to cancel it."""
+
+
 class KVStoreError(TokenFlowError):
     """The node's KV store cannot be created, mapped or used."""
 

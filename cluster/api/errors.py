@@ -6,7 +6,12 @@ import logging
 import math
 from typing import Any
 
-from tokenflow.replicas.errors import CapacityError, EngineDeadError, InvalidRequestError
+from tokenflow.replicas.errors import (
+    CapacityError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,6 +33,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str
             _body(str(error), "rate_limit_error", None, "overloaded"),
             {"Retry-After": seconds},
         )
+    if isinstance(error, RequestCancelledError):
+        return 499, _body(str(error), "invalid_request_error", None, "cancelled"), {}
     if isinstance(error, EngineDeadError):
         message = "No replica can serve this request right now; try again shortly."
         return 503, _body(message, "server_error", None, "unavailable"), {"Retry-After": "1"}

@@ -322,7 +322,7 @@ def check_stops(stop: tuple[str, ...], limits: Limits) -> tuple[str, ...]:
     return stop
 
 
-# -- the pieces -------------------------------------------------------------------------------------
+# -- the pieces -----------------------------------------------------------------------------------
 
 
 def _validate(model: type[_Request], body: Mapping[str, Any]) -> _Request:

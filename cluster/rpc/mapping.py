@@ -20,7 +20,12 @@ from tokenflow.cluster.api.protocol import (
 )
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2 as pb
-from tokenflow.replicas.errors import CapacityError, EngineDeadError, InvalidRequestError
+from tokenflow.replicas.errors import (
+    CapacityError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
 from tokenflow.replicas.output import TokenEvent
 
 logger = logging.getLogger("ray.serve")
@@ -146,6 +151,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"{error} (retry after {error.retry_after_s:g} s)",
         )
+    if isinstance(error, RequestCancelledError):
+        return grpc.StatusCode.CANCELLED, str(error)
     if isinstance(error, EngineDeadError):
         return grpc.StatusCode.UNAVAILABLE, "No replica can serve this request right now."
     logger.error("request failed: %r", error, exc_info=error)

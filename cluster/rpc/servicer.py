@@ -15,6 +15,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from tokenflow.cluster.rpc import inference_pb2
+from tokenflow.cluster.rpc.mapping import status_of
+from tokenflow.replicas.errors import InvalidRequestError
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 
@@ -55,3 +57,29 @@ def add_inference_to_server(servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),)
     )
+
+
+class RpcFailed(Exception):
+    """Ends a call whose status has been set on its context."""
+
+
+def rpc_failure(context: Any, error: Exception) -> RpcFailed:
+    """Sets the call's status; what is returned is to be raised."""
+    code, details = status_of(error)
+    context.set_code(code)
+    context.set_details(details)
+    return RpcFailed(f"{code.name}: {details}")
+
+
+def check_message(request: Any) -> None:
+    """Raises InvalidRequestError for bytes that were no message."""
+    if isinstance(request, MalformedRequest):
+        raise InvalidRequestError(f"The request is not a valid message: {request.reason}")
+
+
+def metadata_value(context: Any, key: str) -> str | None:
+    """The first value of a key in the call's metadata."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return None
