@@ -161,15 +161,27 @@ class Engine:
         if self.policy.write_through:
             self._write_through(batch, planned)
         if not batch:
-            self._update_gauges()
-            return False
+            return self.refresh_stats()
         self._run(batch)
-        self._update_gauges()
+        self.refresh_stats()
         return True
 
     def wait_for_transfers(self, timeout_s: float) -> None:
         """Sleep until a copy ends, at most `timeout_s`."""
         self._collect(timeout_s)
+        self.refresh_stats()
+
+    def refresh_stats(self) -> bool:
+        """Bring the gauges up to date; returns False: nothing was run."""
+        stats = self.stats
+        stats.now_waiting = len(self._waiting)
+        stats.now_running = len(self._running)
+        stats.now_preempted = len(self._sequences) - stats.now_waiting - stats.now_running
+        stats.now_free_blocks = self.pool.free_blocks
+        stats.now_total_blocks = self.pool.num_blocks
+        stats.now_free_host_slots = self._host.available()
+        stats.now_rate = sum(s.playback.rate for s in self._sequences.values())
+        return False
 
     def _view(self) -> View:
         by_state: dict[State, list[Sequence]] = {state: [] for state in State}
@@ -518,13 +530,3 @@ class Engine:
         stats.effective_tokens += effective_tokens(seq.buffers)
         stats.reader_stalls += seq.playback.stalls
         stats.reader_stall_seconds += seq.playback.stall_s
-
-    def _update_gauges(self) -> None:
-        stats = self.stats
-        stats.now_waiting = len(self._waiting)
-        stats.now_running = len(self._running)
-        stats.now_preempted = len(self._sequences) - stats.now_waiting - stats.now_running
-        stats.now_free_blocks = self.pool.free_blocks
-        stats.now_total_blocks = self.pool.num_blocks
-        stats.now_free_host_slots = self._host.available()
-        stats.now_rate = sum(s.playback.rate for s in self._sequences.values())

@@ -107,7 +107,8 @@ class EngineLoop:
         while True:
             if not self._drain_inbox(block=not engine.has_work):
                 return
-            ran = engine.step() if engine.has_work else False
+            # Without work there is still news to count: what was cancelled is free now.
+            ran = engine.step() if engine.has_work else engine.refresh_stats()
             events = engine.take_events()
             if events:
                 self._emit(events)
