@@ -9,6 +9,7 @@ It checks, tokenizes, opens streams and frames the answers. What a request may l
 # could not resolve in the copy.
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
@@ -21,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from tokenflow.cluster.api.errors import error_body, http_error
 from tokenflow.cluster.api.framing import DONE, Answer, model_body, new_id, sse, usage_body
-from tokenflow.cluster.api.http import ClientGoneError, read_body, refusal, while_connected
+from tokenflow.cluster.api.http import read_body, refusal
 from tokenflow.cluster.api.protocol import (
     Call,
     build_sampling,
@@ -45,7 +46,6 @@ app = FastAPI(title="TokenFlow", docs_url=None, redoc_url=None, openapi_url=None
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _INFO_TIMEOUT_S = 5.0
-_CLIENT_CLOSED_REQUEST = 499
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -113,6 +113,8 @@ class Ingress:
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
+        with contextlib.suppress(EngineDeadError):
+            await self._model_info()  # the first call of all makes the replicas known
         text = render(
             await self._streams.stats(),
             ingress=self._streams.ingress_id,
@@ -131,10 +133,7 @@ class Ingress:
                 header_rate=request.headers.get("x-token-rate"),
             )
             # Refusals come out here, before anything is sent: they get a real status.
-            work = self._start(call)
-            generation = await while_connected(request, work)
-        except ClientGoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            generation = await self._start(call)
         except Exception as error:
             return refusal(error)
         answer = Answer(call, generation.id, self._name, self._encoder.token_text)
@@ -146,9 +145,8 @@ class Ingress:
                 headers=_SSE_HEADERS,
             )
         try:
-            events = await while_connected(request, self._collect(generation))
-        except ClientGoneError:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            # When the client leaves, Serve cancels this, and the finally below ends the streams.
+            events = await self._collect(generation)
         except Exception as error:
             return refusal(error)
         finally:

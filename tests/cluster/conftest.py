@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,13 +37,14 @@ class Server:
     def grpc(self) -> str:
         return self.cluster.grpc_target
 
-    def metric(self, name: str) -> float:
-        """A metric summed over its labels."""
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric summed over the labels that are not given."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
         text = httpx.get(f"{self.url}/metrics").text
         return sum(
             float(line.rsplit(" ", 1)[1])
             for line in text.splitlines()
-            if line.startswith((name + "{", name + " "))
+            if line.startswith((name + "{", name + " ")) and all(w in line for w in wanted)
         )
 
     def wait_for_metric(self, name: str, value: float, timeout_s: float) -> float:
@@ -59,7 +59,6 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     config = load_config(
         None,
         {

@@ -140,6 +140,7 @@ async def test_a_burst_larger_than_kv_memory_finishes_complete_and_in_order(serv
     client = openai.AsyncOpenAI(
         base_url=server.base_url, api_key="none", max_retries=0, timeout=240
     )
+
     async def one(i: int) -> str:
         text, count = "", 0
         stream = await client.completions.create(

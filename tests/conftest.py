@@ -1,0 +1,11 @@
+"""What must hold before any test module is imported."""
+
+from __future__ import annotations
+
+import os
+
+# Ray reads this when it is imported: it keeps a cluster on 127.0.0.1.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# A test never talks to a cluster that happens to run on the machine.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.pop("RAY_ADDRESS", None)
