@@ -6,6 +6,9 @@ that can be checked before any replica starts.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import shutil
 import socket
@@ -107,6 +110,7 @@ class LocalCluster:
 
         from tokenflow.cluster.app import GRPC_SERVICERS
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if not ray.is_initialized():
             self._own_ray = self._init_ray()
         serve.start(
@@ -119,6 +123,8 @@ class LocalCluster:
                 port=self.config.ingress.grpc_port, grpc_servicer_functions=GRPC_SERVICERS
             ),
         )
+        # Deploying is announced by whoever uses this, in their own words.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._serving = True
 
     def _init_ray(self) -> bool:
@@ -201,11 +207,13 @@ class LocalCluster:
 
             from tokenflow.kvstore.actor import shutdown_stores
 
-            if self._serving:
-                serve.shutdown()
-            shutdown_stores()
-            if self._own_ray:
-                ray.shutdown()
+            # The controller ends by killing itself, and Ray prints that as a task's failure.
+            with contextlib.redirect_stdout(io.StringIO()):
+                if self._serving:
+                    serve.shutdown()
+                shutdown_stores()
+                if self._own_ray:
+                    ray.shutdown()
         self._serving = self._deployed = self._own_ray = False
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)

@@ -87,8 +87,9 @@ def plan_blocks(
 
 
 def cpu_threads(config: EngineConfig, sharers: int) -> int:
-    """Torch threads of one CPU replica: its share of the cores this process may use."""
-    return config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // sharers)
+    """Torch threads of one CPU replica: its share of the cores this process may use, less one
+    core for everything that is not the model (threads that wait for a late one gain nothing)."""
+    return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
 def build_engine(
