@@ -8,7 +8,6 @@ It checks, tokenizes, opens streams and frames the answers. What a request may l
 # above it or imported, and there is no `from __future__ import annotations`, whose strings FastAPI
 # could not resolve in the copy.
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -17,7 +16,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 
 from tokenflow.cluster.api.errors import error_body, http_error
@@ -69,7 +67,6 @@ class Ingress:
         self._delay_s = config.ingress.coalesce_delay_s
         self._name = config.model.name
         self._created = int(time.time())
-        self._replica = replica
         self._encoder = PromptEncoder(config.model.directory)
         self._streams = StreamManager(replica, failover_timeout_s=config.ingress.failover_timeout_s)
         self._info: dict[str, Any] | None = None
@@ -106,7 +103,7 @@ class Ingress:
     async def health(self) -> Response:
         """200 when a replica answers, 503 when none does."""
         try:
-            await self._ask_replica()
+            await self._streams.info(_INFO_TIMEOUT_S)
         except Exception as error:
             return refusal(error)
         return Response(status_code=200)
@@ -272,16 +269,5 @@ class Ingress:
 
     async def _model_info(self) -> dict[str, Any]:
         if self._info is None:
-            self._info = await self._ask_replica()
+            self._info = await self._streams.info(_INFO_TIMEOUT_S)
         return self._info
-
-    async def _ask_replica(self) -> dict[str, Any]:
-        """Raises EngineDeadError when no replica answers in time."""
-        response = self._replica.info.remote()
-        try:
-            async with asyncio.timeout(_INFO_TIMEOUT_S):
-                info: dict[str, Any] = await response
-                return info
-        except (TimeoutError, RayActorError) as error:
-            response.cancel()
-            raise EngineDeadError("no replica answers") from error

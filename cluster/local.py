@@ -11,8 +11,11 @@ import io
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +68,20 @@ def _check_port(key: str, host: str, port: int) -> None:
         raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}.") from None
 
 
+@contextlib.contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Undo what Ray does to SIGTERM, which would then crash the process without any clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def free_port() -> int:
     """A TCP port nobody listens on right now."""
     with socket.socket() as probe:
@@ -87,6 +104,7 @@ class LocalCluster:
         self._serving = False
         self._deployed = False
         self._scratch: Path | None = None
+        self._set_keys: list[str] = []
 
     @property
     def url(self) -> str:
@@ -112,7 +130,8 @@ class LocalCluster:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if not ray.is_initialized():
-            self._own_ray = self._init_ray()
+            with _kept_signal_handlers():
+                self._own_ray = self._init_ray()
         serve.start(
             http_options=HTTPOptions(
                 host=self.config.ingress.host,
@@ -178,7 +197,9 @@ class LocalCluster:
             values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         values.update(self._env)
         for key, value in values.items():
-            os.environ.setdefault(key, value)
+            if key not in os.environ:
+                os.environ[key] = value
+                self._set_keys.append(key)
 
     def serve(self, config: ClusterConfig | None = None) -> None:
         """Deploy the application and return when it answers."""
@@ -215,6 +236,8 @@ class LocalCluster:
                 if self._own_ray:
                     ray.shutdown()
         self._serving = self._deployed = self._own_ray = False
+        while self._set_keys:
+            os.environ.pop(self._set_keys.pop(), None)
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None

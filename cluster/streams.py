@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenflow.cluster.coalescer import StreamCoalescer
 from tokenflow.cluster.replica_registry import REGISTRY
@@ -24,8 +24,11 @@ from tokenflow.replicas.sampling.params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
+_Result = TypeVar("_Result")
+
 MAX_ATTEMPTS = 8
 _RETRY_PAUSE_S = 0.25
+_STATS_TIMEOUT_S = 2.0
 
 
 class Stream:
@@ -178,13 +181,38 @@ class StreamManager:
         if known is not None and stream.finish_reason is None and stream.replica_id is not None:
             self._spawn(self._cancel(stream.attempt_id, stream.replica_id))
 
+    async def info(self, timeout_s: float) -> dict[str, Any]:
+        """What a replica says about the model. Raises EngineDeadError when none answers in time."""
+        return await self._spawn(self._info(timeout_s))
+
     async def stats(self) -> list[dict[str, Any]]:
         """Counters of every replica that answers."""
         results = await asyncio.gather(
-            *(self._handle.stats.remote(target=replica_id) for replica_id in REGISTRY.replicas),
+            *(self._spawn(self._stats(replica_id)) for replica_id in REGISTRY.replicas),
             return_exceptions=True,
         )
         return [r for r in results if isinstance(r, dict)]
+
+    async def _info(self, timeout_s: float) -> dict[str, Any]:
+        from ray.exceptions import RayActorError
+
+        response = self._handle.info.remote()
+        try:
+            async with asyncio.timeout(timeout_s):
+                info: dict[str, Any] = await response
+                return info
+        except (TimeoutError, RayActorError) as error:
+            response.cancel()
+            raise EngineDeadError("no replica answers") from error
+
+    async def _stats(self, replica_id: str) -> Any:
+        response = self._handle.stats.remote(target=replica_id)
+        try:
+            async with asyncio.timeout(_STATS_TIMEOUT_S):
+                return await response
+        except TimeoutError:
+            response.cancel()
+            raise
 
     # -- placing and moving ---------------------------------------------------------------------
 
@@ -285,9 +313,12 @@ class StreamManager:
         except Exception as error:
             logger.info("cancel of %s not delivered: %s", attempt_id, type(error).__name__)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run in the background, outside the request that happens to be current: Serve cancels
-        the calls that a request has made together with it."""
+    def _spawn(self, coroutine: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+        """Run in the background, outside the request that happens to be current.
+
+        Every call to a replica is made this way: Serve cancels a request's own calls together with
+        it, and two that are made at once would share one id, upon which its router spins for ever.
+        """
         task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

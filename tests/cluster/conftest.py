@@ -1,4 +1,4 @@
-"""One cluster for the whole test session: HTTP, gRPC, two replicas of a small model."""
+"""One cluster for all tests in this folder: HTTP, gRPC, two replicas of the embedded model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from tokenflow.cluster.config import ClusterConfig, load_config
 from tokenflow.cluster.local import LocalCluster, free_port
 
-KV_TOKENS = 8 * 256
-"""Device KV of a replica: about eight requests of 256 tokens."""
+KV_TOKENS = 4 * 256
+"""Device KV of each of the two replicas: together about eight requests of 256 tokens."""
 
 
 @dataclass
@@ -39,26 +39,36 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric summed over the labels that are not given."""
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in text.splitlines()
-            if line.startswith((name + "{", name + " ")) and all(w in line for w in wanted)
-        )
+        return _sum(self._scrape(), name, labels)
 
-    def wait_for_metric(self, name: str, value: float, timeout_s: float) -> float:
-        """Poll until a metric has a value; returns the seconds it took."""
+    def wait_idle(self, timeout_s: float = 10) -> float:
+        """Wait until every device block is free; returns the seconds it took."""
         begun = time.monotonic()
-        while (seen := self.metric(name)) != value:
+        while True:
+            text = self._scrape()
+            free = _sum(text, "tokenflow_kv_free_blocks", {})
+            total = _sum(text, "tokenflow_kv_total_blocks", {})
+            if free == total > 0:
+                return time.monotonic() - begun
             if time.monotonic() - begun > timeout_s:
-                raise AssertionError(f"{name} is {seen}, not {value}, after {timeout_s} s")
+                raise AssertionError(f"{total - free:g} blocks still held after {timeout_s} s")
             time.sleep(0.02)
-        return time.monotonic() - begun
+
+    def _scrape(self) -> str:
+        return httpx.get(f"{self.url}/metrics").text
+
+
+def _sum(text: str, name: str, labels: dict[str, str]) -> float:
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith((name + "{", name + " ")) and all(w in line for w in wanted)
+    )
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     config = load_config(
         None,
         {
@@ -68,7 +78,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
             "engine.max_num_seqs": 32,
             "engine.cpu_threads": 1,
             "kvstore.host_kv_gib": 0.25,
-            "replicas.count": 1,
+            "replicas.count": 2,
         },
     )
     with LocalCluster(config) as cluster:

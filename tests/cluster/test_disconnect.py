@@ -9,8 +9,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_a_client_that_disconnects_frees_its_blocks_within_a_second(server):
-    total = server.metric("tokenflow_kv_total_blocks")
-    server.wait_for_metric("tokenflow_kv_free_blocks", total, 10)
+    server.wait_idle()
     cancelled = server.metric("tokenflow_finished_requests_total", reason="cancelled")
     body = {
         "model": server.model,
@@ -25,9 +24,8 @@ def test_a_client_that_disconnects_frees_its_blocks_within_a_second(server):
     ):
         assert answer.status_code == 200
         assert next(answer.iter_lines()).startswith("data: ")
-        assert server.metric("tokenflow_kv_free_blocks") < total
-    took = server.wait_for_metric("tokenflow_kv_free_blocks", total, 5)
-    assert took < 1.0
+        assert server.metric("tokenflow_running_requests") == 1
+    assert server.wait_idle() < 1.0
     # It was ended, not finished early.
     assert server.metric("tokenflow_finished_requests_total", reason="cancelled") == cancelled + 1
     assert server.metric("tokenflow_ingress_streams") == 0

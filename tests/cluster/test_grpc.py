@@ -94,12 +94,59 @@ async def test_malformed_bytes_are_an_invalid_argument(server):
 
 
 async def test_cancel_frees_the_blocks(server, stub):
-    total = server.metric("tokenflow_kv_total_blocks")
-    server.wait_for_metric("tokenflow_kv_free_blocks", total, 10)
+    server.wait_idle()
     call = stub.Generate(request(server, max_tokens=900, ignore_eos=True))
     async for message in call:
         if message.token_ids:
             break
     call.cancel()
-    took = await asyncio.to_thread(server.wait_for_metric, "tokenflow_kv_free_blocks", total, 5)
-    assert took < 1.0
+    assert await asyncio.to_thread(server.wait_idle) < 1.0
+
+
+async def test_cancel_by_request_id_ends_the_stream_with_cancelled(server, stub):
+    message = request(server, max_tokens=900, ignore_eos=True)
+    message.request_id = "a-request-to-cancel"
+    call = stub.Generate(message)
+    messages = aiter(call)
+    assert (await anext(messages)).request_id == "a-request-to-cancel"
+    answer = await stub.Cancel(pb.CancelRequest(request_id="a-request-to-cancel"))
+    assert answer.found
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in messages:
+            pass
+    assert caught.value.code() == grpc.StatusCode.CANCELLED
+    assert await asyncio.to_thread(server.wait_idle) < 1.0
+    assert not (await stub.Cancel(pb.CancelRequest(request_id="a-request-to-cancel"))).found
+
+
+async def test_model_info_and_the_rate_in_the_metadata(server, stub):
+    info = await stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert info.model == server.model
+    assert (info.max_model_len, info.vocab_size) == (1024, 4096)
+    assert info.default_token_rate == 20
+    message = request(server, max_tokens=2)
+    message.ClearField("token_rate")
+    tokens, _, _ = await collect(stub.Generate(message, metadata=(("x-token-rate", "50"),)))
+    assert len(tokens) == 2
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(message, metadata=(("x-token-rate", "-1"),)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_chat_and_token_ids_work_too(server, stub):
+    chat = request(server, max_tokens=4)
+    chat.chat.messages.add(role="user", content="Hello")
+    tokens, _, last = await collect(stub.Generate(chat))
+    assert tokens and last.usage.prompt_tokens > 1
+    ids = request(server, max_tokens=4, logprobs=2)
+    ids.token_ids.ids.extend([300, 301, 302])
+    messages = [m async for m in stub.Generate(ids)]
+    logprobs = [entry for m in messages for entry in m.logprobs]
+    assert messages[-1].usage.prompt_tokens == 3
+    assert len(logprobs) == messages[-1].usage.completion_tokens
+    assert all(len(entry.top) == 2 for entry in logprobs)
+    bad = request(server)
+    bad.token_ids.ids.append(4096)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(bad))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

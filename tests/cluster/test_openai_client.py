@@ -168,6 +168,4 @@ async def test_a_burst_larger_than_kv_memory_finishes_complete_and_in_order(serv
     assert texts == alone * (n // 4)
     assert server.metric("tokenflow_preemptions_total") > before
     assert server.metric("tokenflow_resumes_total") > 0
-    server.wait_for_metric(
-        "tokenflow_kv_free_blocks", server.metric("tokenflow_kv_total_blocks"), 5
-    )
+    server.wait_idle()

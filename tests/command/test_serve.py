@@ -1,0 +1,66 @@
+"""`tokenflow serve` as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.processes import processes_of
+from tokenflow.cluster.local import free_port
+
+pytestmark = pytest.mark.cluster
+
+
+def segments() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("tokenflow-*")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_answers_and_stops_without_a_trace(number):
+    marker = uuid.uuid4().hex
+    before = segments()
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp") as ray_files:
+        # The cluster of the other tests has set variables of its own in this process.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment |= {"RAY_TMPDIR": ray_files, "TOKENFLOW_TEST": marker}
+        command = [sys.executable, "-m", "tokenflow.cluster.cli", "serve", "--port", str(port)]
+        command += ["--grpc-port", str(free_port()), "--kv-tokens", "2048", "--host-kv-gib", "0.1"]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("Ctrl-C"):
+                    break
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/v1/completions",
+                json={"model": "tokenflow-books", "prompt": "Hello", "max_tokens": 3},
+                timeout=60,
+            )
+            assert answer.status_code == 200
+            assert segments() - before
+            assert len(processes_of(ray_files, marker)) > 5
+            process.send_signal(number)
+            rest = process.stdout.read()
+            assert process.wait(60) == 0, rest
+            assert "Stopped." in rest
+            assert "Traceback" not in rest
+        finally:
+            process.kill()
+            process.wait()
+        deadline = time.monotonic() + 10
+        while (left := processes_of(ray_files, marker)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
+    assert segments() == before

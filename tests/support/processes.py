@@ -1,0 +1,27 @@
+"""Finding the processes of one Ray cluster, whatever title they have given themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def processes_of(session_directory: str, marker: str = "") -> dict[int, str]:
+    """Command lines by pid of live processes that have a file open below a Ray session's
+    directory, or carry `marker` in their environment."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        if int(directory.name) == os.getpid():
+            continue
+        try:
+            # Titles overwrite the environment, so open log files are the surer sign.
+            links = [os.readlink(link) for link in (directory / "fd").iterdir()]
+            environment = (directory / "environ").read_bytes()
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue  # ended meanwhile, or not ours
+        if any(link.startswith(session_directory) for link in links) or (
+            marker and marker.encode() in environment
+        ):
+            found[int(directory.name)] = command
+    return found
