@@ -15,6 +15,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,15 @@ from types import TracebackType
 from typing import Any
 
 from tokenflow.cluster.config import ClusterConfig
-from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.errors import ConfigError, TokenFlowError
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
+
+_ANSWER_TIMEOUT_S = 60.0
+
+
+class ServingError(TokenFlowError):
+    """The cluster was started and does not serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,12 @@ def _check_port(key: str, host: str, port: int) -> None:
         raise ConfigError(f"{key}: cannot listen on {host}:{port}: {error.strerror}.") from None
 
 
+def _serve_runs() -> bool:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
 @contextlib.contextmanager
 def _kept_signal_handlers() -> Iterator[None]:
     """Undo what Ray does to SIGTERM, which would then crash the process without any clean-up."""
@@ -101,6 +114,8 @@ class LocalCluster:
         self.config = config
         self._env = env or {}
         self._own_ray = False
+        self._connected = False
+        """Whether this object has called ray.init."""
         self._serving = False
         self._deployed = False
         self._scratch: Path | None = None
@@ -130,8 +145,15 @@ class LocalCluster:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if not ray.is_initialized():
+            self._connected = True
             with _kept_signal_handlers():
                 self._own_ray = self._init_ray()
+        if not self._own_ray and _serve_runs():
+            raise ServingError(
+                "Ray Serve already runs on this Ray cluster, with its own ports and applications. "
+                "Deploy tokenflow.cluster.app:app there, or set RAY_ADDRESS=local to start apart "
+                "from it."
+            )
         serve.start(
             http_options=HTTPOptions(
                 host=self.config.ingress.host,
@@ -147,18 +169,19 @@ class LocalCluster:
         self._serving = True
 
     def _init_ray(self) -> bool:
-        """Connect to a running Ray, or start one; True when it is ours."""
+        """Connect to a running Ray, or start one; True when it is ours. RAY_ADDRESS as in Ray:
+        an address to use, or "local" to start one in any case."""
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(address="auto", **options)
-            return False
-        try:
-            ray.init(address="auto", **options)
-            return False
-        except ConnectionError:
-            pass
+        wanted = os.environ.get("RAY_ADDRESS")
+        if wanted != "local":
+            try:
+                ray.init(address="auto", **options)
+                return False
+            except ConnectionError:
+                if wanted:
+                    raise ServingError(f"no Ray cluster answers at RAY_ADDRESS={wanted}.") from None
         ray.init(
             address="local",
             include_dashboard=False,
@@ -218,24 +241,53 @@ class LocalCluster:
             gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
         serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")
         self._deployed = True
+        self._wait_until_it_answers()
+
+    def _wait_until_it_answers(self) -> None:
+        """Serve says "ready" a moment before its HAProxy listens."""
+        import grpc
+        import httpx
+
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+        with httpx.Client(trust_env=False, timeout=5) as client:
+            while True:
+                try:
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if time.monotonic() > deadline:
+                    raise ServingError(f"{self.url} does not answer; see {self._log_directory()}.")
+                time.sleep(0.05)
+        with grpc.insecure_channel(self.grpc_target) as channel:
+            try:
+                ready = grpc.channel_ready_future(channel)
+                ready.result(timeout=max(1.0, deadline - time.monotonic()))
+            except grpc.FutureTimeoutError:
+                raise ServingError(f"{self.grpc_target} does not answer gRPC.") from None
+
+    @staticmethod
+    def _log_directory() -> str:
+        import ray
+
+        return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs/serve"
 
     def stop(self) -> None:
         """Take everything down that `start` and `serve` brought up."""
         import ray
 
-        if ray.is_initialized():
-            from ray import serve
+        # The controller ends by killing itself, and Ray prints that as a task's failure.
+        with contextlib.redirect_stdout(io.StringIO()):
+            if self._serving:
+                from ray import serve
 
-            from tokenflow.kvstore.actor import shutdown_stores
+                from tokenflow.kvstore.actor import shutdown_stores
 
-            # The controller ends by killing itself, and Ray prints that as a task's failure.
-            with contextlib.redirect_stdout(io.StringIO()):
-                if self._serving:
-                    serve.shutdown()
+                serve.shutdown()
                 shutdown_stores()
-                if self._own_ray:
-                    ray.shutdown()
-        self._serving = self._deployed = self._own_ray = False
+            if self._connected:
+                ray.shutdown()
+        self._serving = self._deployed = self._own_ray = self._connected = False
         while self._set_keys:
             os.environ.pop(self._set_keys.pop(), None)
         if self._scratch is not None:

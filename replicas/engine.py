@@ -67,6 +67,7 @@ class Engine:
         self._running: list[Sequence] = []
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._events: list[TokenEvent] = []
+        self.refresh_stats()
 
     # -- requests -------------------------------------------------------------------------------
 

@@ -9,3 +9,5 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # A test never talks to a cluster that happens to run on the machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.pop("RAY_ADDRESS", None)
+
+pytest_plugins = ["tests.support.cluster_fixture"]

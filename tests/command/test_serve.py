@@ -32,7 +32,7 @@ def test_serve_answers_and_stops_without_a_trace(number):
     with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp") as ray_files:
         # The cluster of the other tests has set variables of its own in this process.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        environment |= {"RAY_TMPDIR": ray_files, "TOKENFLOW_TEST": marker}
+        environment |= {"RAY_TMPDIR": ray_files, "RAY_ADDRESS": "local", "TOKENFLOW_TEST": marker}
         command = [sys.executable, "-m", "tokenflow.cluster.cli", "serve", "--port", str(port)]
         command += ["--grpc-port", str(free_port()), "--kv-tokens", "2048", "--host-kv-gib", "0.1"]
         process = subprocess.Popen(
@@ -64,3 +64,14 @@ def test_serve_answers_and_stops_without_a_trace(number):
             time.sleep(0.2)
         assert not left
     assert segments() == before
+
+
+def test_serve_refuses_a_ray_cluster_that_serves_already(server):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "tokenflow.cluster.cli", "serve"]
+    command += ["--port", str(free_port()), "--grpc-port", str(free_port())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Ray Serve already runs on this Ray cluster" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert httpx.get(f"{server.url}/health").status_code == 200
