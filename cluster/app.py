@@ -24,25 +24,26 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     """The application for a checked configuration."""
     tree = config.model_dump(mode="json")
     count = config.replicas.count
-    replica = serve.deployment(Replica).options(
+    router: Any = BurstRouter  # Ray's annotation knows only the serialized form
+    replica = serve.deployment(
         name="replica",
         num_replicas=count,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": config.replicas.cpus_each, "num_gpus": gpus_each},
-        request_router_config=RequestRouterConfig(request_router_class=BurstRouter),
+        request_router_config=RequestRouterConfig(request_router_class=router),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
-    )
-    ingress = serve.deployment(Ingress).options(
+    )(Replica)
+    ingress = serve.deployment(
         name="ingress",
         num_replicas=config.ingress.count,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
-    )
+    )(Ingress)
     # Without GPUs all replicas of a machine share its cores and memory.
     sharers = count if gpus_each == 0 else 1
     return ingress.bind(replica.bind(tree, sharers), tree)

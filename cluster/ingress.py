@@ -189,7 +189,7 @@ class Ingress:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """tokenflow.v1.Inference/Generate."""
         try:
-            check_message(request)
+            check_message(request, self._limits)
             call = call_from(
                 request,
                 model_names=[self._name],
@@ -215,7 +215,7 @@ class Ingress:
     async def GetModelInfo(self, request: Any, grpc_context: Any) -> pb.GetModelInfoResponse:
         """tokenflow.v1.Inference/GetModelInfo."""
         try:
-            check_message(request)
+            check_message(request, self._limits)
             info = await self._model_info()
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
@@ -229,7 +229,7 @@ class Ingress:
     async def Cancel(self, request: Any, grpc_context: Any) -> pb.CancelResponse:
         """tokenflow.v1.Inference/Cancel. The cancelled stream ends with its status CANCELLED."""
         try:
-            check_message(request)
+            check_message(request, self._limits)
             streams = self._streams.find(request.request_id) if request.request_id else []
             for stream in streams:
                 self._streams.cancel(stream)

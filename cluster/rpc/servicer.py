@@ -14,6 +14,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
+from tokenflow.cluster.api.protocol import too_long
+from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2
 from tokenflow.cluster.rpc.mapping import status_of
 from tokenflow.replicas.errors import InvalidRequestError
@@ -71,10 +73,12 @@ def rpc_failure(context: Any, error: Exception) -> RpcFailed:
     return RpcFailed(f"{code.name}: {details}")
 
 
-def check_message(request: Any) -> None:
-    """Raises InvalidRequestError for bytes that were no message."""
+def check_message(request: Any, limits: Limits) -> None:
+    """Raises InvalidRequestError for bytes that were no message, and for too many of them."""
     if isinstance(request, MalformedRequest):
         raise InvalidRequestError(f"The request is not a valid message: {request.reason}")
+    if request.ByteSize() > limits.max_body_bytes:
+        too_long(limits)
 
 
 def metadata_value(context: Any, key: str) -> str | None:

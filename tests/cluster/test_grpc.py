@@ -61,6 +61,8 @@ async def test_concurrent_streams_agree_with_each_other(server, stub):
         (dict(token_rate=float("nan")), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(text=""), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(text="word " * 5000), grpc.StatusCode.INVALID_ARGUMENT),
+        (dict(text="x" * (5 << 20)), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (dict(sampling=pb.SamplingParams(max_tokens=100_000)), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(sampling=pb.SamplingParams(max_tokens=0)), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(sampling=pb.SamplingParams(temperature=-1)), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(sampling=pb.SamplingParams(stop=["x"] * 999)), grpc.StatusCode.INVALID_ARGUMENT),

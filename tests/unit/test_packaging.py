@@ -1,7 +1,11 @@
 """Every package is shipped, and the engine stays free of Ray."""
 
 import ast
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,3 +52,29 @@ def test_policies_know_no_torch_no_clock_no_io():
     banned = {"torch", "time", "ray", "os", "asyncio", "threading", "socket", "numpy", "random"}
     for path in (ROOT / "replicas" / "scheduler").glob("*.py"):
         assert not {n.split(".")[0] for n in imports(path)} & banned, path
+
+
+def test_the_wheel_has_the_model_and_the_protos_and_no_tests(tmp_path):
+    source = tmp_path / "source"
+    for name in (*TOP, "pyproject.toml", "README.md", "LICENSE"):
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            source.mkdir(exist_ok=True)
+            shutil.copy(path, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
+    subprocess.run([*command, str(source)], check=True, timeout=200)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    model = "tokenflow/replicas/models/tokenflow-books/"
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert model + file in names
+    assert "tokenflow/cluster/rpc/inference.proto" in names
+    assert "tokenflow/cluster/cli.py" in names
+    assert not {name for name in names if "test" in name or name.startswith("tools")}
+
+
+def test_the_embedded_model_is_small():
+    folder = ROOT / "replicas" / "models" / "tokenflow-books"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16 << 20
