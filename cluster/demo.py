@@ -107,7 +107,7 @@ def run_demo(factory: Factory, options: DemoOptions, console: Console | None = N
 
     Raises TokenFlowError when a request fails.
     """
-    console = console or Console()
+    console = console or Console(highlight=False)
     requests = make_burst(
         options.requests, max_tokens=options.max_tokens, token_rate=options.rate, seed=options.seed
     )
@@ -232,14 +232,16 @@ def live_view(
             grid.append("\n")
         grid.append(*cell(record, now, max_tokens))
     legend = Text.from_markup(
-        "[dim]·[/dim] waits for its first token   [red]![/red] reader has run dry   "
-        "[green]▁▂▃▄▅▆▇█[/green] tokens ahead of the reader   [blue]■[/blue] all delivered"
+        "[dim]·[/dim] waits   [red]![/red] has run dry   "
+        "[green]▁▂▃▄▅▆▇█[/green] text ahead of the reader   [blue]■[/blue] all delivered"
     )
-    line = status_line(policy, records, now, begun)
+    lines = status_line(policy, records, now, begun)
     waits = [(r.first_token_s or now) - r.intended_s for r in records]
     if waits:
-        line += f"  TTFT p50 {percentile(waits, 50):.2f} s, p99 {percentile(waits, 99):.2f} s"
-    return Group(Text(line), grid, legend)
+        lines += (
+            f"\nwaited so far: p50 {percentile(waits, 50):.2f} s, p99 {percentile(waits, 99):.2f} s"
+        )
+    return Group(Text(lines), grid, legend)
 
 
 def cell(record: StreamRecord, now: float, max_tokens: int) -> tuple[str, str]:

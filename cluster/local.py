@@ -239,8 +239,11 @@ class LocalCluster:
         gpus = self.config.replicas.gpus_each
         if gpus is None:
             gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
-        serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")
         self._deployed = True
+        try:
+            serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise ServingError(f"{error} See {self._log_directory()}.") from error
         self._wait_until_it_answers()
 
     def _wait_until_it_answers(self) -> None:

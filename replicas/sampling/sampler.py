@@ -81,17 +81,18 @@ def _draw(scores: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
 
 
 def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
-    """top-k, top-p and min-p by one sort; the likeliest token always stays."""
+    """min-p and top-k, then top-p of what they leave, by one sort; the likeliest token stays."""
     device = x.device
     vocab = x.shape[1]
     top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device)
     top_p = torch.tensor([p.top_p for p in params], device=device)
     min_p = torch.tensor([p.min_p for p in params], device=device)
     ordered, index = x.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.softmax(-1)
-    drop = (probs.cumsum(-1) - probs) >= top_p[:, None]
-    drop |= torch.arange(vocab, device=device)[None] >= top_k[:, None]
-    drop |= probs < min_p[:, None] * probs[:, :1]
+    drop = torch.arange(vocab, device=device)[None] >= top_k[:, None]
+    drop |= ordered - ordered[:, :1] < min_p.log()[:, None]
+    probs = ordered.masked_fill(drop, _NEG_INF).softmax(-1)
+    # Rounding must not cut the tail of a row that has no top-p.
+    drop |= ((probs.cumsum(-1) - probs) >= top_p[:, None]) & (top_p < 1)[:, None]
     drop[:, 0] = False
     ordered = ordered.masked_fill(drop, _NEG_INF)
     return torch.empty_like(x).scatter_(1, index, ordered)
