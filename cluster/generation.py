@@ -83,12 +83,16 @@ class Generation:
         for stream in self.streams:
             self._manager.close(stream)
 
-    async def updates(self, max_delay_s: float) -> AsyncGenerator[Update, None]:
+    async def updates(
+        self, max_delay_s: float, heartbeat_s: float | None = None
+    ) -> AsyncGenerator[Update, None]:
         """Batches of events of all choices until every one has ended.
+
+        With `heartbeat_s`, an update without events comes when a choice was silent for that long.
 
         Closing it early cancels what still runs. Raises TokenFlowError when a stream fails.
         """
-        merged = self._merged(max_delay_s)
+        merged = self._merged(max_delay_s, heartbeat_s)
         try:
             async for update in merged:
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
@@ -96,9 +100,11 @@ class Generation:
         finally:
             await merged.aclose()
 
-    async def _merged(self, max_delay_s: float) -> AsyncGenerator[Update, None]:
+    async def _merged(
+        self, max_delay_s: float, heartbeat_s: float | None
+    ) -> AsyncGenerator[Update, None]:
         if len(self.streams) == 1:
-            batches = self.streams[0].batches(max_delay_s)
+            batches = self.streams[0].batches(max_delay_s, heartbeat_s)
             try:
                 async for events in batches:
                     yield Update(0, events)
@@ -109,7 +115,7 @@ class Generation:
 
         async def forward(choice: int, stream: Stream) -> None:
             try:
-                async for events in stream.batches(max_delay_s):
+                async for events in stream.batches(max_delay_s, heartbeat_s):
                     merged.put_nowait(Update(choice, events))
                 merged.put_nowait(None)
             except Exception as error:

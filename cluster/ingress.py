@@ -19,7 +19,15 @@ from ray import serve
 from starlette.exceptions import HTTPException
 
 from tokenflow.cluster.api.errors import error_body, http_error
-from tokenflow.cluster.api.framing import DONE, Answer, model_body, new_id, sse, usage_body
+from tokenflow.cluster.api.framing import (
+    DONE,
+    HEARTBEAT,
+    Answer,
+    model_body,
+    new_id,
+    sse,
+    usage_body,
+)
 from tokenflow.cluster.api.http import read_body, refusal
 from tokenflow.cluster.api.protocol import (
     Call,
@@ -44,6 +52,7 @@ app = FastAPI(title="TokenFlow", docs_url=None, redoc_url=None, openapi_url=None
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _INFO_TIMEOUT_S = 5.0
+_HEARTBEAT_S = 1.0
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -162,11 +171,16 @@ class Ingress:
             counted = generation.usage
             return usage_body(counted.prompt_tokens, counted.completion_tokens)
 
-        updates = generation.updates(self._delay_s)
+        updates = generation.updates(self._delay_s, _HEARTBEAT_S)
         try:
             yield answer.opening(len(generation.streams), echo)
             async for update in updates:
-                yield answer.chunk(update.choice, update.events, usage)
+                if update.events:
+                    yield answer.chunk(update.choice, update.events, usage)
+                else:
+                    # Only a write tells that a client has left; one that waits must not be
+                    # served after it went.
+                    yield HEARTBEAT
             yield answer.closing(usage())
         except Exception as error:
             # The status is long sent; OpenAI's clients read an error from the stream itself.

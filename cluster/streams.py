@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
@@ -91,15 +92,21 @@ class Stream:
             self._error = error
             self._ready.set()
 
-    async def batches(self, max_delay_s: float) -> AsyncGenerator[list[TokenEvent], None]:
+    async def batches(
+        self, max_delay_s: float, heartbeat_s: float | None = None
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in batches as the reader needs them: the first at once, later ones together while
         its buffer is comfortable, never held longer than `max_delay_s`. Ends after the last event.
+
+        With `heartbeat_s`, an empty batch comes whenever there was nothing for that long.
 
         Raises TokenFlowError when the stream cannot be finished. Closing it early cancels the
         request.
         """
         coalescer = StreamCoalescer(self.token_rate, max_delay_s=max_delay_s)
         seen = 0
+        silence_s = heartbeat_s or math.inf
+        beat_at = time.monotonic() + silence_s
         try:
             while True:
                 now = time.monotonic()
@@ -112,18 +119,24 @@ class Stream:
                     seen = 0
                     coalescer.sent(now)
                     yield batch
+                    beat_at = time.monotonic() + silence_s
                     continue
                 if done:
                     if self._error is not None:
                         raise self._error
                     return
+                if now >= beat_at:
+                    yield []
+                    beat_at = time.monotonic() + silence_s
+                    continue
                 self._ready.clear()
-                await self._wait(coalescer.next_due(now) if self._pending else None, now)
+                due = coalescer.next_due(now)
+                await self._wait(beat_at if due is None else min(due, beat_at), now)
         finally:
             self._manager.close(self)
 
-    async def _wait(self, until: float | None, now: float) -> None:
-        if until is None:
+    async def _wait(self, until: float, now: float) -> None:
+        if until == math.inf:
             await self._ready.wait()
             return
         try:

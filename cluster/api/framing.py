@@ -13,6 +13,8 @@ from tokenflow.cluster.api.protocol import Call
 from tokenflow.replicas.output import TokenEvent
 
 DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": waiting\n\n"
+"""A comment of the event stream, which clients skip."""
 
 
 def sse(data: dict[str, Any]) -> bytes:

@@ -1,0 +1,104 @@
+"""The ingress's streams, against replicas of its own making."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tokenflow.cluster.streams import Stream
+from tokenflow.replicas.errors import RequestCancelledError, TokenFlowError
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.sampling.params import SamplingParams
+
+
+class Manager:
+    """What a stream needs of its manager."""
+
+    def __init__(self) -> None:
+        self.closed: list[Stream] = []
+
+    def close(self, stream: Stream) -> None:
+        self.closed.append(stream)
+
+
+def make_stream(rate: float = 20.0) -> Stream:
+    return Stream(Manager(), "r", (1, 2), SamplingParams(max_tokens=8), rate)  # type: ignore[arg-type]
+
+
+def event(offset: int, finish_reason: str | None = None) -> TokenEvent:
+    return TokenEvent("r", offset, 100 + offset, f"t{offset}", 0.0, None, finish_reason)
+
+
+async def test_the_first_token_is_sent_at_once_and_the_last_ends_the_stream():
+    stream = make_stream()
+    stream.deliver(event(0))
+    batches = stream.batches(0.25)
+    assert await asyncio.wait_for(anext(batches), 0.1) == [event(0)]
+    stream.deliver(event(1))
+    stream.deliver(event(2, "stop"))
+    assert await anext(batches) == [event(1), event(2, "stop")]
+    with pytest.raises(StopAsyncIteration):
+        await anext(batches)
+    assert stream.token_ids == [100, 101, 102]
+    assert stream._manager.closed == [stream]
+
+
+async def test_tokens_travel_together_while_the_reader_has_text():
+    stream = make_stream(rate=2.0)
+    for i in range(6):
+        stream.deliver(event(i))
+    batches = stream.batches(0.05)
+    assert len(await anext(batches)) == 6
+    stream.deliver(event(6))
+    waiting = asyncio.ensure_future(anext(batches))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    stream.deliver(event(7, "length"))
+    assert len(await waiting) == 2
+
+
+async def test_a_silent_stream_gives_heartbeats():
+    stream = make_stream()
+    batches = stream.batches(0.25, heartbeat_s=0.02)
+    assert await anext(batches) == []
+    assert await anext(batches) == []
+    stream.deliver(event(0, "stop"))
+    assert await anext(batches) == [event(0, "stop")]
+
+
+async def test_a_gap_in_the_tokens_is_an_error_and_not_a_silent_loss():
+    stream = make_stream()
+    stream.deliver(event(0))
+    stream.deliver(event(2))
+    batches = stream.batches(0.25)
+    assert await anext(batches) == [event(0)]
+    with pytest.raises(TokenFlowError, match="token 2 arrived when 1 was expected"):
+        await anext(batches)
+
+
+async def test_an_error_event_fails_the_stream_after_what_came_before_it():
+    stream = make_stream()
+    stream.deliver(event(0))
+    stream.deliver(TokenEvent("r", 1, -1, "", 0.0, None, "error", "out of luck"))
+    batches = stream.batches(0.25)
+    assert await anext(batches) == [event(0)]
+    with pytest.raises(TokenFlowError, match="out of luck"):
+        await anext(batches)
+
+
+async def test_closing_a_reader_closes_the_stream():
+    stream = make_stream()
+    stream.deliver(event(0))
+    batches = stream.batches(0.25)
+    await anext(batches)
+    await batches.aclose()
+    assert stream._manager.closed == [stream]
+
+
+async def test_a_failed_stream_stays_failed():
+    stream = make_stream()
+    stream.fail(RequestCancelledError("ended"))
+    stream.fail(TokenFlowError("later"))
+    with pytest.raises(RequestCancelledError):
+        await anext(stream.batches(0.25))
