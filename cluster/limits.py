@@ -14,6 +14,7 @@ class Limits(BaseModel):
     max_stop_sequences: int = Field(default=16, ge=0)
     max_stop_length: int = Field(default=256, ge=1, description="Characters of one stop string.")
     max_choices: int = Field(default=16, ge=1, description="Prompts times n of one request.")
+    min_token_rate: float = Field(default=0.01, ge=0.001, description="tokens/s")
     max_token_rate: float = Field(default=1000.0, gt=0, description="tokens/s")
     default_token_rate: float = Field(
         default=20.0, gt=0, description="tokens/s of a request that declares none"

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 _REPLACEMENT = "\ufffd"
 _HELD_TOKENS = 12
-"""A character has at most 4 bytes; text that is still broken after this many tokens stays so."""
+"""Text that is still broken after this many tokens stays so, but for its last few bytes."""
+_BEGUN_TOKENS = 3
+"""A character has at most 4 bytes, so one that has only begun is no longer than this."""
+
+_skipped: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+
+
+def _skipped_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that `skip_special_tokens` leaves out."""
+    ids = _skipped.get(tokenizer)
+    if ids is None:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ids = _skipped[tokenizer] = frozenset(i for i, token in added.items() if token.special)
+    return ids
 
 
 class IncrementalDetokenizer:
@@ -17,7 +31,7 @@ class IncrementalDetokenizer:
     decodings over a short window, taken only where the text does not end in a broken character.
     """
 
-    __slots__ = ("_ids", "_options", "_prefix", "_read", "_tokenizer")
+    __slots__ = ("_ids", "_options", "_prefix", "_read", "_skip", "_tokenizer")
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -25,6 +39,8 @@ class IncrementalDetokenizer:
             "skip_special_tokens": skip_special_tokens,
             "clean_up_tokenization_spaces": False,
         }
+        # A window that began with a skipped token would lose the space of the word after it.
+        self._skip = _skipped_ids(tokenizer) if skip_special_tokens else frozenset()
         self._ids: list[int] = []
         self._prefix = 0
         """Start of the window; the text of ids before `_read` has been emitted."""
@@ -36,11 +52,19 @@ class IncrementalDetokenizer:
 
     def add(self, token_id: int) -> str:
         """Take the next id; returns the text that became final, possibly none."""
+        if token_id in self._skip:
+            return ""
         self._ids.append(token_id)
         end = len(self._ids)
         window = self._decode(self._prefix, end)
-        if window.endswith(_REPLACEMENT) and end - self._read < _HELD_TOKENS:
+        if not window.endswith(_REPLACEMENT):
+            return self._emit(window, end)
+        if end - self._read < _HELD_TOKENS:
             return ""
+        for cut in range(end - _BEGUN_TOKENS, end):
+            whole = self._decode(self._prefix, cut)
+            if window.startswith(whole):
+                return self._emit(whole, cut)
         return self._emit(window, end)
 
     def flush(self) -> str:

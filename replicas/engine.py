@@ -27,6 +27,10 @@ from tokenflow.replicas.transfers import HostSlots, Job, Kind, Transfers
 
 logger = logging.getLogger("tokenflow.engine")
 
+# tokens/s; beyond them a reader's buffer is no sensible number any more.
+_LOWEST_RATE = 1e-3
+_HIGHEST_RATE = 1e6
+
 
 class Engine:
     """Serves requests on one executor. Not thread-safe: one thread calls everything.
@@ -91,8 +95,11 @@ class Engine:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if not request.token_rate > 0:
-            raise InvalidRequestError("token_rate must be above 0.", param="token_rate")
+        if not _LOWEST_RATE <= request.token_rate <= _HIGHEST_RATE:
+            raise InvalidRequestError(
+                f"token_rate must be between {_LOWEST_RATE:g} and {_HIGHEST_RATE:g} tokens/s.",
+                param="token_rate",
+            )
         if len(self._sequences) >= self.config.max_waiting:
             raise CapacityError(
                 f"This replica already holds {len(self._sequences)} requests; try again later."

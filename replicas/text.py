@@ -43,8 +43,8 @@ class TextStream:
         ended = token_id in self._stop_ids and not early
         text = self._detokenizer.add(token_id)
         matched = False
-        if self._stop is not None and not early:
-            text, match = self._stop.feed(text)
+        if self._stop is not None:
+            text, match = self._stop.feed(text, armed=not early)
             matched = match is not None
         if matched:
             return text, FinishReason.STOP

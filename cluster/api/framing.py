@@ -58,6 +58,7 @@ class Answer:
         self._call = call
         self._token_text = token_text
         self._lengths: dict[int, int] = {}
+        """Characters of each choice's text so far, for logprobs."""
         kind = "chat.completion" if call.is_chat else "text_completion"
         chunk = "chat.completion.chunk" if call.is_chat else "text_completion"
         created = int(time.time())
@@ -73,6 +74,7 @@ class Answer:
             if self._call.is_chat:
                 out += self._event(index, {"role": "assistant", "content": ""}, None, None)
             elif self._call.echo:
+                self._lengths[index] = len(echo[index])
                 out += self._event(index, echo[index], None, None)
         return out
 
@@ -125,6 +127,7 @@ class Answer:
             text = "".join(event.text for event in events)
             if not self._call.is_chat and self._call.echo:
                 text = echo[index] + text
+                self._lengths[index] = len(echo[index])
             body: dict[str, Any] = {"index": index}
             if self._call.is_chat:
                 body["message"] = {"role": "assistant", "content": text, "refusal": None}

@@ -18,6 +18,10 @@ from tokenflow.replicas.errors import InvalidRequestError
 from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHOWN_CHARS = 100
+"""How much of a client's own words an error repeats."""
+MAX_REQUEST_ID_CHARS = 256
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default max_tokens of /v1/completions."""
 
@@ -103,7 +107,7 @@ class _Common(_Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     token_rate: Number | None = None
-    request_id: Annotated[str, Field(max_length=256)] | None = None
+    request_id: Annotated[str, Field(max_length=MAX_REQUEST_ID_CHARS)] | None = None
     user: str | None = None
 
 
@@ -134,7 +138,6 @@ class _Chat(_Common):
 
 _Request = TypeVar("_Request", bound=BaseModel)
 _CHAT_UNSUPPORTED = ("tools", "functions", "audio")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def parse_body(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -286,10 +289,10 @@ def check_rate(rate: float | None, limits: Limits) -> float:
     """The declared rate in tokens/s, or the default. Raises InvalidRequestError."""
     if rate is None:
         return limits.default_token_rate
-    if not math.isfinite(rate) or not 0 < rate <= limits.max_token_rate:
+    if not math.isfinite(rate) or not limits.min_token_rate <= rate <= limits.max_token_rate:
         _reject(
-            f"token_rate must be above 0 and at most {limits.max_token_rate:g} tokens/s, "
-            f"got {rate:g}.",
+            f"token_rate must be between {limits.min_token_rate:g} and "
+            f"{limits.max_token_rate:g} tokens/s, got {rate:g}.",
             "token_rate",
             "invalid_value",
         )
@@ -301,7 +304,7 @@ def check_model(model: str, names: Collection[str]) -> None:
     if model not in names:
         served = ", ".join(sorted(names))
         raise InvalidRequestError(
-            f"The model {model!r} does not exist; served here: {served}.",
+            f"The model {model[:_SHOWN_CHARS]!r} does not exist; served here: {served}.",
             param="model",
             code="model_not_found",
             status=404,
@@ -358,13 +361,19 @@ def _messages(messages: list[_Message]) -> tuple[Message, ...]:
     return tuple(_message(i, m) for i, m in enumerate(messages))
 
 
-def _message(index: int, message: _Message) -> Message:
-    if message.role not in _ROLES:
+def check_role(index: int, role: str) -> str:
+    """A message's role. Raises InvalidRequestError."""
+    if role not in _ROLES:
         _reject(
-            f"messages.{index}.role: unknown role {message.role!r}; use one of "
+            f"messages.{index}.role: unknown role {role[:_SHOWN_CHARS]!r}; use one of "
             f"{', '.join(_ROLES)}.",
             "messages",
         )
+    return role
+
+
+def _message(index: int, message: _Message) -> Message:
+    check_role(index, message.role)
     content = message.content
     if content is None:
         return Message(message.role, "")
@@ -383,13 +392,9 @@ def _message(index: int, message: _Message) -> Message:
 
 def _check_choices(n: int, prompts: int, limits: Limits) -> None:
     if n < 1:
-        _reject(f"n must be at least 1, got {n}.", "n")
+        _reject("n must be at least 1.", "n")
     if n * prompts > limits.max_choices:
-        _reject(
-            f"n times the number of prompts is {n * prompts}; at most {limits.max_choices} "
-            "are allowed.",
-            "n",
-        )
+        _reject(f"n times the number of prompts may be at most {limits.max_choices}.", "n")
 
 
 def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict[str, Any]:

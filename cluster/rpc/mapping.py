@@ -11,10 +11,12 @@ import grpc
 
 from tokenflow.cluster.api.errors import INTERNAL_MESSAGE
 from tokenflow.cluster.api.protocol import (
+    MAX_REQUEST_ID_CHARS,
     Call,
     Message,
     Sampling,
     check_model,
+    check_role,
     check_rate,
     check_stops,
 )
@@ -59,6 +61,10 @@ def call_from(
 
     `metadata_rate` is the value of the `x-token-rate` metadata; the field in the message wins.
     """
+    if len(request.request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequestError(
+            f"request_id may have at most {MAX_REQUEST_ID_CHARS} characters.", param="request_id"
+        )
     model = request.model or next(iter(model_names))
     check_model(model, model_names)
     rate: float | None = request.token_rate if request.HasField("token_rate") else None
@@ -77,7 +83,9 @@ def call_from(
     elif kind == "token_ids":
         prompts = (tuple(request.token_ids.ids),)
     elif kind == "chat":
-        messages = tuple(Message(m.role, m.content) for m in request.chat.messages)
+        messages = tuple(
+            Message(check_role(i, m.role), m.content) for i, m in enumerate(request.chat.messages)
+        )
     if not messages and not (prompts and prompts[0]):
         raise InvalidRequestError("The prompt is empty.", param="input")
     return Call(

@@ -84,7 +84,9 @@ def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
     """min-p and top-k, then top-p of what they leave, by one sort; the likeliest token stays."""
     device = x.device
     vocab = x.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device)
+    top_k = torch.tensor(
+        [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], device=device
+    )
     top_p = torch.tensor([p.top_p for p in params], device=device)
     min_p = torch.tensor([p.min_p for p in params], device=device)
     ordered, index = x.sort(dim=-1, descending=True, stable=True)
@@ -106,7 +108,8 @@ def _uniform(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))
-    return ((x >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    # 23 bits, because with the half added float32 holds them exactly: never 0, never 1.
+    return ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def _logprobs(

@@ -16,12 +16,22 @@ class StopChecker:
         self._include = include_stop_str
         self._held = ""
 
-    def feed(self, delta: str) -> tuple[str, str | None]:
-        """(text to show, the stop string that was met or None). After a match nothing follows."""
+    def feed(self, delta: str, armed: bool = True) -> tuple[str, str | None]:
+        """(text to show, the stop string that was met or None). After a match nothing follows.
+
+        The stop string that is complete first counts, of several the longest, so that the result
+        does not depend on how the text is cut. Those that end in a delta that is not `armed` are
+        passed over.
+        """
         text = self._held + delta
-        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = []
+        if armed:
+            for stop in self._stops:
+                at = text.find(stop, max(0, len(self._held) - len(stop) + 1))
+                if at >= 0:
+                    hits.append((at, stop))
         if hits:
-            at, stop = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
+            at, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), -len(hit[1])))
             self._held = ""
             return text[: at + len(stop)] if self._include else text[:at], stop
         keep = max(self._overlap(text, stop) for stop in self._stops)
