@@ -1,0 +1,121 @@
+"""Runs a workload through the real engine on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from tokenflow.loadgen.metrics import StreamRecord, Summary, summarize
+from tokenflow.replicas.config import EngineConfig
+from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.executor.base import KVLayout
+from tokenflow.replicas.request import Request
+from tokenflow.replicas.sampling.params import SamplingParams
+from tokenflow.replicas.scheduler.policy import Policy
+from tokenflow.replicas.simulator.executor import SimExecutor, SimHost, SimTokenizer, VirtualClock
+from tokenflow.replicas.simulator.hardware import StepCost
+from tokenflow.replicas.simulator.workload import Arrival
+from tokenflow.replicas.stats import EngineStats
+
+_IDLE_WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The simulated device and its host link."""
+
+    cost: StepCost
+    layout: KVLayout
+    kv_tokens: int
+    host_kv_tokens: int
+    link_gb_s: float
+    max_num_seqs: int = 512
+    max_batch_tokens: int = 8192
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_tokens // self.layout.block_size
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a run."""
+
+    summary: Summary
+    stats: EngineStats
+    records: list[StreamRecord]
+    busy_s: float
+    """Seconds the device ran steps."""
+    samples: list[tuple[float, int, int, int]] = field(default_factory=list)
+    """(time, waiting, running, preempted), once per simulated second."""
+
+
+def simulate(machine: Machine, policy: Policy, arrivals: Seq[Arrival]) -> Outcome:
+    """Run to the end. Raises ValueError for a request that can never fit."""
+    clock = VirtualClock()
+    executor = SimExecutor(
+        clock, machine.cost, machine.layout, machine.num_blocks, link_gb_s=machine.link_gb_s
+    )
+    block = machine.layout.block_size
+    engine = Engine(
+        executor,
+        policy,
+        SimHost(machine.host_kv_tokens // block),
+        EngineConfig(
+            block_size=block,
+            max_num_seqs=machine.max_num_seqs,
+            max_batch_tokens=machine.max_batch_tokens,
+            max_waiting=1 << 30,
+        ),
+        tokenizer=SimTokenizer(),
+        eos_ids=(),
+        max_model_len=machine.num_blocks * block,
+        clock=clock,
+    )
+    pending = sorted(arrivals, key=lambda a: a.at_s)
+    longest = max((a.prompt_tokens + a.output_tokens for a in pending), default=0)
+    if longest > engine.max_model_len:
+        raise ValueError(
+            f"a request of {longest} tokens does not fit into {engine.max_model_len} KV tokens"
+        )
+    records: dict[str, StreamRecord] = {}
+    samples: list[tuple[float, int, int, int]] = []
+    next_sample = 0.0
+    added = 0
+    while added < len(pending) or engine.has_work:
+        while added < len(pending) and pending[added].at_s <= clock.now:
+            request = _request(f"{added}", pending[added])
+            records[request.request_id] = StreamRecord(request.token_rate, request.arrival_s)
+            engine.add(request)
+            added += 1
+        if not engine.has_work:
+            clock.advance_to(pending[added].at_s)
+            continue
+        if not engine.step():
+            wait = _IDLE_WAIT_S
+            if added < len(pending):
+                wait = min(wait, max(pending[added].at_s - clock.now, 1e-6))
+            engine.wait_for_transfers(wait)
+        for event in engine.take_events():
+            record = records[event.request_id]
+            if event.token_id >= 0:
+                record.arrivals.append((clock.now, 1))
+            if event.finish_reason is not None:
+                record.finish_reason = event.finish_reason
+                record.finished_s = clock.now
+        if clock.now >= next_sample:
+            stats = engine.stats
+            samples.append((clock.now, stats.now_waiting, stats.now_running, stats.now_preempted))
+            next_sample = clock.now + 1.0
+    ordered = [records[f"{i}"] for i in range(len(pending))]
+    return Outcome(summarize(ordered), engine.stats, ordered, executor.busy_s, samples)
+
+
+def _request(request_id: str, arrival: Arrival) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_ids=(2,) * arrival.prompt_tokens,
+        params=SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True),
+        token_rate=arrival.token_rate,
+        arrival_s=arrival.at_s,
+    )
