@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class ModelConfig(_Section):
 
     path: str | None = Field(
         default=None,
+        min_length=1,
         description="A local Hugging Face model directory; null = the embedded model.",
     )
     served_name: str | None = Field(
@@ -32,7 +34,7 @@ class ModelConfig(_Section):
 
     @property
     def directory(self) -> Path:
-        return Path(self.path).expanduser() if self.path else embedded_model()
+        return Path(os.path.expanduser(self.path)) if self.path else embedded_model()
 
     @property
     def name(self) -> str:
@@ -45,6 +47,7 @@ class KVStoreConfig(_Section):
     host_kv_gib: float | None = Field(
         default=None,
         ge=0,
+        allow_inf_nan=False,
         description="Host memory for KV per node, GiB; 0 = none, null = a safe share of what is "
         "free.",
     )
@@ -110,12 +113,20 @@ def load_config(
         where = str(path)
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(
+                f"cannot read the configuration file {str(path)!r}: {reason}."
+            ) from None
         try:
             loaded = yaml.safe_load(text)
+        except RecursionError:
+            raise ConfigError(f"{path} is nested too deeply.") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+            mark = getattr(error, "problem_mark", None)
+            where_in = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise ConfigError(f"{path} is not valid YAML: {problem}{where_in}.") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(
                 f"{path} must hold a mapping of sections, not {type(loaded).__name__}."

@@ -20,12 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenflow.cluster.demo_server import DemoServer
+from tokenflow.cluster.limits import Limits
 from tokenflow.loadgen.burst import Burst, BurstRequest, make_burst
 from tokenflow.loadgen.metrics import StreamRecord, Summary, percentile, summarize
 from tokenflow.replicas.errors import TokenFlowError
 
 POLICIES = ("fcfs", "tokenflow")
 _WARM_UP_REQUESTS = 8
+_SETTLE_S = 0.5
 _REFRESH_S = 0.25
 _LOG_LINE_S = 2.0
 _CELLS_PER_LINE = 32
@@ -88,9 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from(args: argparse.Namespace) -> DemoOptions:
     """Raises TokenFlowError for values that make no demo."""
     for name, low in (("requests", 1), ("max_tokens", 1), ("rate", 0.1), ("kv_tokens", 64)):
-        if getattr(args, name) < low:
+        if not getattr(args, name) >= low:
             flag = "--" + name.replace("_", "-")
             raise TokenFlowError(f"{flag} must be at least {low}, got {getattr(args, name)}.")
+    highest = Limits().max_token_rate
+    if not args.rate <= highest:
+        raise TokenFlowError(f"--rate must be at most {highest:g} tokens/s, got {args.rate}.")
+    _check_writable(args.json)
     return DemoOptions(
         requests=args.requests,
         max_tokens=args.max_tokens,
@@ -102,11 +108,22 @@ def options_from(args: argparse.Namespace) -> DemoOptions:
     )
 
 
+def _check_writable(path: str | None) -> None:
+    if path is None:
+        return
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise TokenFlowError(f"--json: cannot write {path}: {error.strerror}.") from None
+
+
 def run_demo(factory: Factory, options: DemoOptions, console: Console | None = None) -> None:
     """Serve the burst under each policy, show it live, print the figures side by side.
 
     Raises TokenFlowError when a request fails.
     """
+    _check_writable(options.json_path)
     console = console or Console(highlight=False)
     requests = make_burst(
         options.requests, max_tokens=options.max_tokens, token_rate=options.rate, seed=options.seed
@@ -141,6 +158,7 @@ async def _run_policy(
 ) -> Result:
     warm_up = make_burst(_WARM_UP_REQUESTS, max_tokens=16, token_rate=options.rate, seed=0)
     await Burst(server.url, server.model, warm_up).run(options.timeout_s)
+    await asyncio.sleep(_SETTLE_S)
     before = await read_metrics(server.url)
     burst = Burst(server.url, server.model, requests)
     running = asyncio.create_task(burst.run(options.timeout_s))
@@ -150,7 +168,7 @@ async def _run_policy(
     if failed:
         raise TokenFlowError(f"{len(failed)} of {len(records)} requests failed: {failed[0].error}")
     # The engine counts a request's effective tokens when it ends, which may be a moment later.
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(_SETTLE_S)
     after = await read_metrics(server.url)
     summary = summarize(records)
 
@@ -169,9 +187,14 @@ async def _run_policy(
 
 
 async def read_metrics(url: str) -> dict[str, float]:
-    """The server's metrics, summed over their labels."""
+    """The server's metrics, summed over their labels. Raises TokenFlowError."""
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-        text = (await client.get(f"{url}/metrics")).text
+        try:
+            answer = await client.get(f"{url}/metrics")
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise TokenFlowError(f"{url}/metrics does not answer ({error}).") from None
+        text = answer.text
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -213,12 +236,13 @@ async def _watch(
 def status_line(policy: str, records: list[StreamRecord], now: float, begun: float) -> str:
     """The run so far in one line."""
     started = sum(bool(r.arrivals) for r in records)
-    done = sum(r.finished_s is not None for r in records)
+    done = sum(r.ok for r in records)
+    failed = sum(r.error is not None for r in records)
     dry = sum(_dry(r, now) for r in records)
     tokens = sum(r.tokens for r in records)
     return (
         f"{policy}  {now - begun:5.1f} s  first token {started}/{len(records)}  "
-        f"done {done}  dry now {dry}  {tokens} tokens"
+        f"done {done}  dry now {dry}  {tokens} tokens" + (f"  FAILED {failed}" if failed else "")
     )
 
 
@@ -232,8 +256,8 @@ def live_view(
             grid.append("\n")
         grid.append(*cell(record, now, max_tokens))
     legend = Text.from_markup(
-        "[dim]·[/dim] waits   [red]![/red] has run dry   "
-        "[green]▁▂▃▄▅▆▇█[/green] text ahead of the reader   [blue]■[/blue] all delivered"
+        "[dim]·[/dim] waits  [red]![/red] has run dry  [red]x[/red] failed  "
+        "[green]▁▂▃▄▅▆▇█[/green] text ahead  [blue]■[/blue] all delivered"
     )
     lines = status_line(policy, records, now, begun)
     waits = [(r.first_token_s or now) - r.intended_s for r in records]
@@ -246,6 +270,8 @@ def live_view(
 
 def cell(record: StreamRecord, now: float, max_tokens: int) -> tuple[str, str]:
     """(character, style) of one reader."""
+    if record.error is not None:
+        return "x", "bold red"
     if not record.arrivals:
         return "·", "dim"
     if record.finished_s is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Limits(BaseModel):
@@ -15,8 +15,16 @@ class Limits(BaseModel):
     max_stop_length: int = Field(default=256, ge=1, description="Characters of one stop string.")
     max_choices: int = Field(default=16, ge=1, description="Prompts times n of one request.")
     min_token_rate: float = Field(default=0.01, ge=0.001, description="tokens/s")
-    max_token_rate: float = Field(default=1000.0, gt=0, description="tokens/s")
+    max_token_rate: float = Field(default=1000.0, gt=0, le=1e6, description="tokens/s")
     default_token_rate: float = Field(
         default=20.0, gt=0, description="tokens/s of a request that declares none"
     )
     max_logit_bias: int = Field(default=1024, ge=0, description="Entries of logit_bias.")
+
+    @model_validator(mode="after")
+    def _default_rate_is_allowed(self) -> Limits:
+        if not self.min_token_rate <= self.default_token_rate <= self.max_token_rate:
+            raise ValueError(
+                "default_token_rate must lie between min_token_rate and max_token_rate"
+            )
+        return self

@@ -123,13 +123,19 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
-        host = self.config.ingress.host
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        return f"http://{shown}:{self.config.ingress.port}"
+        return f"http://{self._shown_host}:{self.config.ingress.port}"
 
     @property
     def grpc_target(self) -> str:
-        return f"127.0.0.1:{self.config.ingress.grpc_port}"
+        return f"{self._shown_host}:{self.config.ingress.grpc_port}"
+
+    @property
+    def _shown_host(self) -> str:
+        """An address at which a client on this machine reaches it."""
+        host = self.config.ingress.host
+        if host in ("0.0.0.0", "::"):
+            return "127.0.0.1"
+        return f"[{host}]" if ":" in host else host
 
     def start(self) -> None:
         """Start Ray (when none runs) and Serve's HTTP and gRPC fronts."""

@@ -81,6 +81,7 @@ class Burst:
                 if task in late:
                     task.cancel()
                     record.error = f"not finished after {timeout_s:g} s"
+                    record.finished_s = time.monotonic()
             await asyncio.gather(*tasks, return_exceptions=True)
             for task in tasks:
                 if not task.cancelled():

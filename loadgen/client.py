@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -35,6 +35,8 @@ async def stream_chat(
                 await _read_events(response, record)
     except httpx.HTTPError as error:
         record.error = f"{type(error).__name__}: {error}"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        record.error = f"not an OpenAI stream: {type(error).__name__}: {error}"
     record.finished_s = time.monotonic()
     if record.error is None and record.finish_reason is None:
         record.error = "the stream ended without a finish reason"
@@ -42,11 +44,11 @@ async def stream_chat(
 
 async def _read_events(response: httpx.Response, record: StreamRecord) -> None:
     received = 0
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in _lines(response):
+        if not line.startswith(b"data:"):
             continue
         payload = line[5:].strip()
-        if payload == "[DONE]":
+        if payload == b"[DONE]":
             return
         event = json.loads(payload)
         if "error" in event:
@@ -59,3 +61,15 @@ async def _read_events(response: httpx.Response, record: StreamRecord) -> None:
         for choice in event["choices"]:
             record.text += choice["delta"].get("content") or ""
             record.finish_reason = choice["finish_reason"] or record.finish_reason
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines of an event stream. Only line feeds end them (the carriage return before one is
+    white space to whoever strips it); httpx would also split at separators inside the text."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest

@@ -62,7 +62,7 @@ class Summary:
     requests: int
     failed: int
     duration_s: float
-    """From the first intended send to the last arrival."""
+    """From the first intended send to the end of the last stream."""
     tokens: int
     raw_tok_s: float
     """Tokens received per second."""

@@ -20,6 +20,7 @@ class EngineConfig(BaseModel):
     kv_tokens: int | None = Field(
         default=None,
         ge=16,
+        le=1 << 40,
         description="Device KV memory of a replica, in tokens; null = what fits.",
     )
     memory_fraction: float = Field(

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 _REPLACEMENT = "\ufffd"
 _HELD_TOKENS = 12
-"""Text that is still broken after this many tokens stays so, but for its last few bytes."""
-_BEGUN_TOKENS = 3
-"""A character has at most 4 bytes, so one that has only begun is no longer than this."""
+"""Text that is still broken after this many tokens stays so, but for the character at its end."""
+_CONTEXT_TOKENS = 8
+"""Enough to decode the character at the end in the same way: it has at most 4 bytes."""
 
 _skipped: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
     decodings over a short window, taken only where the text does not end in a broken character.
     """
 
-    __slots__ = ("_ids", "_options", "_prefix", "_read", "_skip", "_tokenizer")
+    __slots__ = ("_ids", "_options", "_prefix", "_read", "_shown", "_skip", "_tokenizer")
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -43,8 +43,10 @@ class IncrementalDetokenizer:
         self._skip = _skipped_ids(tokenizer) if skip_special_tokens else frozenset()
         self._ids: list[int] = []
         self._prefix = 0
-        """Start of the window; the text of ids before `_read` has been emitted."""
+        """Start of the window."""
         self._read = 0
+        self._shown = 0
+        """Characters of the window's text that have been given out."""
 
     def _decode(self, start: int, end: int) -> str:
         text: str = self._tokenizer.decode(self._ids[start:end], **self._options)
@@ -58,24 +60,27 @@ class IncrementalDetokenizer:
         end = len(self._ids)
         window = self._decode(self._prefix, end)
         if not window.endswith(_REPLACEMENT):
-            return self._emit(window, end)
+            delta = window[self._shown :]
+            self._move(self._read, end)
+            return delta
         if end - self._read < _HELD_TOKENS:
             return ""
-        for cut in range(end - _BEGUN_TOKENS, end):
-            whole = self._decode(self._prefix, cut)
-            if window.startswith(whole):
-                return self._emit(whole, cut)
-        return self._emit(window, end)
+        delta = window[self._shown : -1]
+        self._move(end - _CONTEXT_TOKENS, end)
+        self._shown -= 1
+        return delta
 
     def flush(self) -> str:
         """The rest, broken characters included."""
         end = len(self._ids)
-        return self._emit(self._decode(self._prefix, end), end)
+        delta = self._decode(self._prefix, end)[self._shown :]
+        self._move(self._read, end)
+        return delta
 
-    def _emit(self, window: str, end: int) -> str:
-        before = self._decode(self._prefix, self._read)
-        self._prefix, self._read = self._read, end
-        return window[len(before) :]
+    def _move(self, prefix: int, read: int) -> None:
+        """Start the window at `prefix`; its text up to `read` is done with."""
+        self._prefix, self._read = prefix, read
+        self._shown = len(self._decode(prefix, read))
 
     def prime(self, token_ids: Iterable[int]) -> str:
         """Replay ids whose text was delivered before; returns that text."""

@@ -11,7 +11,12 @@ from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, ConfigError
-from tokenflow.replicas.executor.checkpoint import ModelSpec, check_memory, inspect_checkpoint
+from tokenflow.replicas.executor.checkpoint import (
+    ACTIVATION_SHARE,
+    ModelSpec,
+    check_memory,
+    inspect_checkpoint,
+)
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.tokenizer import load_tokenizer
 from tokenflow.replicas.transfers import HostSlots
@@ -72,7 +77,8 @@ def plan_blocks(
                 f"{config.block_size} tokens."
             )
     else:
-        room = int(share * config.memory_fraction) - spec.weight_bytes
+        fraction = min(config.memory_fraction, 1 / (1 + ACTIVATION_SHARE))
+        room = int(share * fraction) - spec.weight_bytes
         # More than every sequence at full length is never used.
         useful = -(-config.max_num_seqs * spec.max_model_len // config.block_size)
         blocks = min(max(room // layout.block_bytes, 0), useful)

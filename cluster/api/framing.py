@@ -13,15 +13,18 @@ from tokenflow.cluster.api.protocol import Call
 from tokenflow.replicas.output import TokenEvent
 
 DONE = b"data: [DONE]\n\n"
+# Characters at which many clients end a line, though the event stream does not.
+_LINE_SEPARATORS = (("\u2028", "\\u2028"), ("\u2029", "\\u2029"), ("\x85", "\\u0085"))
 HEARTBEAT = b": waiting\n\n"
 """A comment of the event stream, which clients skip."""
 
 
 def sse(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return (
-        b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
-    )
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    for separator, escaped in _LINE_SEPARATORS:
+        text = text.replace(separator, escaped)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -184,5 +187,5 @@ class Answer:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no -Infinity; -9999 is what OpenAI uses for "impossible"."""
-    return max(logprob, -9999.0)
+    """JSON has no -Infinity and no NaN; -9999 is what OpenAI uses for "impossible"."""
+    return logprob if logprob > -9999.0 else -9999.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -19,6 +20,7 @@ from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_TOKEN_ID = re.compile(r"-?[0-9]{1,100}")
 _SHOWN_CHARS = 100
 """How much of a client's own words an error repeats."""
 MAX_REQUEST_ID_CHARS = 256
@@ -225,14 +227,14 @@ def parse_chat(
         logprobs = request.top_logprobs or 0
     elif request.top_logprobs is not None:
         _reject("top_logprobs needs logprobs to be true.", "top_logprobs")
-    limit = request.max_completion_tokens
+    limit, limit_name = request.max_tokens, "max_tokens"
+    if request.max_completion_tokens is not None:
+        limit, limit_name = request.max_completion_tokens, "max_completion_tokens"
     return Call(
         model=request.model,
         prompts=(),
         messages=_messages(request.messages),
-        sampling=_sampling(
-            request, limit if limit is not None else request.max_tokens, logprobs, limits
-        ),
+        sampling=_sampling(request, limit, logprobs, limits, limit_name),
         n=n,
         **_delivery(request, limits, header_rate),
     )
@@ -297,6 +299,12 @@ def check_rate(rate: float | None, limits: Limits) -> float:
             "invalid_value",
         )
     return rate
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises InvalidRequestError for a seed that does not fit in 64 bits."""
+    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
+        _reject("seed must fit in 64 bits.", "seed")
 
 
 def check_model(model: str, names: Collection[str]) -> None:
@@ -380,13 +388,15 @@ def _message(index: int, message: _Message) -> Message:
     if isinstance(content, str):
         return Message(message.role, content)
     for part in content:
-        if part.type != "text" or part.text is None:
+        if part.type != "text":
             _reject(
-                f"messages.{index}.content: parts of type {part.type!r} are not supported, only "
-                "text.",
+                f"messages.{index}.content: parts of type {part.type[:_SHOWN_CHARS]!r} are not "
+                "supported, only text.",
                 "messages",
                 "unsupported_parameter",
             )
+        if part.text is None:
+            _reject(f"messages.{index}.content: a part of type 'text' has no text.", "messages")
     return Message(message.role, "".join(part.text or "" for part in content))
 
 
@@ -417,22 +427,26 @@ def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict
 
 
 def _sampling(
-    request: _Common, max_tokens: int | None, logprobs: int | None, limits: Limits
+    request: _Common,
+    max_tokens: int | None,
+    logprobs: int | None,
+    limits: Limits,
+    limit_name: str = "max_tokens",
 ) -> Sampling:
     stop = request.stop
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     bias = request.logit_bias or {}
     if len(bias) > limits.max_logit_bias:
         _reject(f"logit_bias has more than {limits.max_logit_bias} entries.", "logit_bias")
-    try:
-        logit_bias = {int(token): value for token, value in bias.items()}
-    except ValueError:
+    if not all(_TOKEN_ID.fullmatch(token) for token in bias):
         _reject("The keys of logit_bias must be token ids.", "logit_bias")
+    logit_bias = {int(token): value for token, value in bias.items()}
+    check_seed(request.seed)
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         name = "top_logprobs" if isinstance(request, _Chat) else "logprobs"
         _reject(f"{name} must be between 0 and {MAX_LOGPROBS}.", name)
     if max_tokens is not None and max_tokens < 1:
-        _reject(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
+        _reject(f"{limit_name} must be at least 1, got {max_tokens}.", limit_name)
     given = {
         name: getattr(request, name)
         for name in (

@@ -16,8 +16,8 @@ from tokenflow.cluster.api.protocol import (
     Message,
     Sampling,
     check_model,
-    check_role,
     check_rate,
+    check_role,
     check_stops,
 )
 from tokenflow.cluster.limits import Limits
@@ -152,8 +152,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
             404: grpc.StatusCode.NOT_FOUND,
             413: grpc.StatusCode.RESOURCE_EXHAUSTED,
         }.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
-        where = f"{error.param}: " if error.param else ""
-        return code, where + error.message
+        named = error.param is None or error.message.startswith(f"{error.param} ")
+        return code, error.message if named else f"{error.param}: {error.message}"
     if isinstance(error, CapacityError):
         return (
             grpc.StatusCode.RESOURCE_EXHAUSTED,

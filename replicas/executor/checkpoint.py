@@ -25,6 +25,10 @@ ARCHITECTURES = (
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_WRONG_VALUE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError)
+"""What a value of the wrong kind in someone else's file ends in."""
+ACTIVATION_SHARE = 0.1
+"""Memory beside weights and KV, as a share of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,11 @@ def inspect_checkpoint(
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such model directory.")
     config = _read_json(root, "config.json")
-    architecture = (config.get("architectures") or ["unknown"])[0]
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named or "unknown"
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{root}: the architecture {architecture} is not supported; supported are "
+            f"{root}/config.json: the architecture {architecture} is not supported; supported are "
             f"{', '.join(ARCHITECTURES)}."
         )
     if config.get("quantization_config"):
@@ -78,16 +83,20 @@ def inspect_checkpoint(
     _check_rope(root, config)
     if not any((root / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{root}: tokenizer.json (or tokenizer.model) is missing.")
-    elements, stored = _weights(root)
+    tensors = _weights(root)
+    stored = _main_dtype(root, tensors)
     resolved = stored if dtype == "auto" else dtype
     if resolved not in DTYPES:
         raise CheckpointError(
             f"{root}: dtype {resolved!r} is not supported; use float32, bfloat16 or float16."
         )
+    eos = _eos_ids(root, config)
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
         limit = int(config["max_position_embeddings"])
+        if limit < 1:
+            raise ValueError("max_position_embeddings")
         if max_model_len is not None and max_model_len > limit:
             raise CheckpointError(
                 f"{root}: engine.max_model_len is {max_model_len}, but the model's own limit is "
@@ -106,22 +115,59 @@ def inspect_checkpoint(
             vocab_size=int(config["vocab_size"]),
             max_model_len=max_model_len or limit,
             dtype=resolved,
-            weight_bytes=elements * DTYPES[resolved],
-            eos_token_ids=_eos_ids(root, config),
+            weight_bytes=sum(math.prod(shape) for _, shape in tensors.values()) * DTYPES[resolved],
+            eos_token_ids=eos,
             sliding_window=_window(config, architecture),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        expected = _expected_tensors(spec, config)
+    except _WRONG_VALUE as error:
         raise CheckpointError(f"{root}/config.json: missing or wrong field {error}.") from None
-    if min(spec.layers, spec.kv_heads, spec.head_dim, spec.vocab_size) < 1:
+    if min(spec.layers, spec.num_heads, spec.kv_heads, spec.head_dim, spec.vocab_size) < 1:
         raise CheckpointError(f"{root}/config.json: a size below 1.")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{root}: the weights lack the tensor {name}.")
+        if tensors[name][1] != shape:
+            raise CheckpointError(
+                f"{root}: the tensor {name} has shape {list(tensors[name][1])}, but config.json "
+                f"asks for {list(shape)}."
+            )
     return spec
 
 
-def check_memory(
-    spec: ModelSpec, *, available_bytes: int, kv_bytes: int, overhead: float = 0.1
-) -> None:
+def _expected_tensors(spec: ModelSpec, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor the model needs; a missing one would be filled with noise."""
+    hidden, middle = spec.hidden_size, int(config["intermediate_size"])
+    q, kv = spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    projections = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    qwen2 = spec.architecture == "Qwen2ForCausalLM"
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (middle, hidden),
+        "mlp.up_proj.weight": (middle, hidden),
+        "mlp.down_proj.weight": (hidden, middle),
+    }
+    for name, shape in projections.items():
+        layer[f"self_attn.{name}_proj.weight"] = shape
+        if (qwen2 and name != "o") or (not qwen2 and config.get("attention_bias")):
+            layer[f"self_attn.{name}_proj.bias"] = shape[:1]
+    if spec.architecture == "Qwen3ForCausalLM":
+        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (spec.head_dim,)
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (spec.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = (spec.vocab_size, hidden)
+    for i in range(spec.layers):
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return tensors
+
+
+def check_memory(spec: ModelSpec, *, available_bytes: int, kv_bytes: int) -> None:
     """Raise CheckpointError unless weights, KV and a share for activations fit."""
-    needed = (spec.weight_bytes + kv_bytes) * (1 + overhead)
+    needed = (spec.weight_bytes + kv_bytes) * (1 + ACTIVATION_SHARE)
     if needed > available_bytes:
         raise CheckpointError(
             f"{spec.path}: {spec.weight_bytes / 2**30:.2f} GiB of weights and "
@@ -145,6 +191,8 @@ def _read_json(root: Path, name: str) -> dict[str, Any]:
 
 def _check_rope(root: Path, config: dict[str, Any]) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{root}/config.json: the rope parameters are no object.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_TYPES:
         raise CheckpointError(
@@ -162,18 +210,27 @@ def _window(config: dict[str, Any], architecture: str) -> int | None:
 
 
 def _eos_ids(root: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    name = "generation_config.json"
     eos = None
-    if (root / "generation_config.json").is_file():
-        eos = _read_json(root, "generation_config.json").get("eos_token_id")
+    if (root / name).is_file():
+        eos = _read_json(root, name).get("eos_token_id")
     if eos is None:
+        name = "config.json"
         eos = config.get("eos_token_id")
     if eos is None:
         return ()
-    return tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]))
+    try:
+        return tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]))
+    except _WRONG_VALUE:
+        raise CheckpointError(f"{root}/{name}: eos_token_id is {eos!r}, not token ids.") from None
 
 
-def _weights(root: Path) -> tuple[int, str]:
-    """(elements of all tensors, the dtype most of them have)."""
+_Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Name -> (stored dtype, shape)."""
+
+
+def _weights(root: Path) -> _Tensors:
+    """All tensors of the checkpoint."""
     index = root / "model.safetensors.index.json"
     if index.is_file():
         mapping = _read_json(root, index.name).get("weight_map")
@@ -182,34 +239,46 @@ def _weights(root: Path) -> tuple[int, str]:
         files = [root / name for name in sorted(set(mapping.values()))]
     else:
         files = [root / "model.safetensors"]
-    counts: dict[str, int] = {}
+    tensors: _Tensors = {}
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{root}: {file.name} is missing (safetensors weights).")
-        for dtype, elements in _tensors(file):
-            counts[dtype] = counts.get(dtype, 0) + elements
-    if not counts:
+        tensors |= _tensors(file)
+    if not tensors:
         raise CheckpointError(f"{root}: the weight files hold no tensors.")
+    return tensors
+
+
+def _main_dtype(root: Path, tensors: _Tensors) -> str:
+    """The dtype most elements have."""
+    counts: dict[str, int] = {}
+    for dtype, shape in tensors.values():
+        counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
     main = max(counts, key=lambda name: counts[name])
     if main not in _STORED:
         raise CheckpointError(
             f"{root}: weights of type {main} are not supported; use float32, bfloat16 or float16."
         )
-    return sum(counts.values()), _STORED[main]
+    return _STORED[main]
 
 
-def _tensors(file: Path) -> list[tuple[str, int]]:
-    """(dtype, elements) of each tensor, from the header; checks that the file is whole."""
-    size = file.stat().st_size
+def _tensors(file: Path) -> _Tensors:
+    """The tensors of one file, from its header; checks that the file is whole."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError("the header is cut off")
             header = json.loads(stream.read(length))
-        tensors = [(t["dtype"], math.prod(t["shape"])) for n, t in header.items() if n[0] != "_"]
-        end = max((t["data_offsets"][1] for n, t in header.items() if n[0] != "_"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        header.pop("__metadata__", None)
+        tensors = {
+            name: (str(t["dtype"]), tuple(int(n) for n in t["shape"])) for name, t in header.items()
+        }
+        end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+    except (struct.error, *_WRONG_VALUE) as error:
         raise CheckpointError(f"{file}: is not a safetensors file ({error}).") from None
     if 8 + length + end > size:
         raise CheckpointError(

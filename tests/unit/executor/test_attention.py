@@ -1,0 +1,292 @@
+"""Paged attention over scattered blocks is plain attention over each sequence's own tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenflow.replicas.executor.attention import (
+    AttentionBatch,
+    KVPool,
+    PrefillChunk,
+    chunk_mask,
+    paged_attention,
+)
+from tokenflow.replicas.executor.base import KVLayout
+
+CPU = torch.device("cpu")
+LAYERS = 2
+
+
+@dataclass
+class Sequence:
+    """All queries, keys and values of a sequence `[length, heads, head_dim]`; the step computes
+    the last `chunk` positions, the ones before are in the pool."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    chunk: int
+    decodes: bool
+    blocks: torch.Tensor
+
+    @property
+    def context(self) -> int:
+        return len(self.key) - self.chunk
+
+
+class Setup:
+    """A pool with blocks handed out in random order, and the sequences that own them."""
+
+    def __init__(
+        self,
+        lengths: list[tuple[int, int]],
+        *,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_dim: int = 16,
+        block_size: int = 4,
+        window: int | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        """`lengths`: (tokens in the pool, tokens of this step) of each sequence, those that decode
+        last. One token after a context decodes."""
+        self.random = torch.Generator().manual_seed(seed)
+        self.window = window
+        self.block_size = block_size
+        self.scale = head_dim**-0.5
+        needed = [-(-(context + chunk) // block_size) for context, chunk in lengths]
+        layout = KVLayout(LAYERS, block_size, kv_heads, head_dim, dtype)
+        self.pool = KVPool(layout, sum(needed) + 5, CPU)
+        # What an earlier owner left behind must not be seen.
+        self.pool.data.copy_(self.normal(*self.pool.data.shape) * 50)
+        order = torch.randperm(sum(needed) + 5, generator=self.random)
+        self.sequences = []
+        for (context, chunk), blocks in zip(lengths, needed, strict=True):
+            own, order = order[:blocks], order[blocks:]
+            n = context + chunk
+            sequence = Sequence(
+                self.normal(n, heads, head_dim).to(self.pool.data.dtype),
+                self.normal(n, kv_heads, head_dim).to(self.pool.data.dtype),
+                self.normal(n, kv_heads, head_dim).to(self.pool.data.dtype),
+                chunk,
+                chunk == 1 and context > 0,
+                own,
+            )
+            self.sequences.append(sequence)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return int(sequence.blocks[position // self.block_size]), position % self.block_size
+
+    def fill_context(self, layer: int) -> None:
+        for s in self.sequences:
+            for position in range(s.context):
+                block, offset = self.place(s, position)
+                self.pool.data[block, layer, 0, offset] = s.key[position]
+                self.pool.data[block, layer, 1, offset] = s.value[position]
+
+    def batch(self) -> AttentionBatch:
+        places = [
+            self.place(s, position)
+            for s in self.sequences
+            for position in range(s.context, len(s.key))
+        ]
+        batch = AttentionBatch(
+            pool=self.pool,
+            write_blocks=torch.tensor([block for block, _ in places]),
+            write_offsets=torch.tensor([offset for _, offset in places]),
+        )
+        at = 0
+        for s in self.sequences:
+            if not s.decodes:
+                mask = chunk_mask(s.chunk, s.context, self.window, CPU)
+                batch.prefills.append(PrefillChunk(at, at + s.chunk, s.context, s.blocks, mask))
+                at += s.chunk
+        batch.decode_start = at
+        decodes = [s for s in self.sequences if s.decodes]
+        if decodes:
+            wide = max(len(s.blocks) for s in decodes)
+            tables = torch.zeros(len(decodes), wide, dtype=torch.int64)
+            mask = torch.zeros(len(decodes), 1, 1, wide * self.block_size, dtype=torch.bool)
+            for i, s in enumerate(decodes):
+                tables[i, : len(s.blocks)] = s.blocks
+                first = 0 if self.window is None else max(0, len(s.key) - self.window)
+                mask[i, 0, 0, first : len(s.key)] = True
+            batch.decode_tables, batch.decode_mask = tables, mask
+        return batch
+
+    def run(self, layer: int = 1) -> torch.Tensor:
+        self.fill_context(layer)
+        query, key, value = (
+            torch.cat([getattr(s, name)[s.context :] for s in self.sequences])
+            for name in ("query", "key", "value")
+        )
+        return paged_attention(query, key, value, layer, self.batch(), self.scale)
+
+    def expected(self) -> torch.Tensor:
+        return torch.cat([plain_attention(s, self.scale, self.window) for s in self.sequences])
+
+
+def plain_attention(s: Sequence, scale: float, window: int | None) -> torch.Tensor:
+    """One query and one head at a time, in float32."""
+    query, key, value = s.query.float(), s.key.float(), s.value.float()
+    heads, group = query.shape[1], query.shape[1] // key.shape[1]
+    out = torch.zeros(s.chunk, heads, query.shape[2])
+    for i in range(s.chunk):
+        position = s.context + i
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(heads):
+            k = key[first : position + 1, head // group]
+            v = value[first : position + 1, head // group]
+            weights = torch.exp(k @ query[position, head] * scale)
+            out[i, head] = (weights / weights.sum()) @ v
+    return out
+
+
+RAGGED = [(0, 1), (0, 9), (0, 4), (5, 7), (16, 3), (3, 1), (12, 1), (30, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("heads", [2, 4, 8])
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+def test_a_ragged_batch_equals_plain_attention(heads, head_dim, window):
+    setup = Setup(RAGGED, heads=heads, kv_heads=2, head_dim=head_dim, window=window)
+    torch.testing.assert_close(setup.run(), setup.expected(), atol=2e-5, rtol=1e-4)
+
+
+lengths = st.lists(
+    st.one_of(
+        st.tuples(st.just(0), st.integers(1, 20)),
+        st.tuples(st.integers(1, 30), st.integers(2, 12)),
+        st.tuples(st.integers(1, 30), st.just(1)),
+    ),
+    min_size=1,
+    max_size=5,
+).map(lambda pairs: sorted(pairs, key=lambda p: p[0] > 0 and p[1] == 1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths,
+    st.sampled_from([(1, 1), (2, 1), (4, 1), (6, 3)]),
+    st.sampled_from([1, 3, 8, 16]),
+    st.none() | st.integers(1, 40),
+    st.integers(0, 1000),
+)
+def test_any_batch_equals_plain_attention(lengths, heads, block_size, window, seed):
+    setup = Setup(
+        lengths,
+        heads=heads[0],
+        kv_heads=heads[1],
+        block_size=block_size,
+        window=window,
+        seed=seed,
+    )
+    torch.testing.assert_close(setup.run(), setup.expected(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_the_float32_reference(dtype):
+    setup = Setup(RAGGED, dtype=dtype, window=12)
+    out = setup.run()
+    assert out.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(out.float(), setup.expected(), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("chunks", [[23], [1] * 23, [8, 8, 7], [22, 1], [1, 22], [5, 1, 1, 16]])
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(chunks, window):
+    whole = Setup([(0, 23)], window=window)
+    sequence = whole.sequences[0]
+    query, key, value = sequence.query, sequence.key, sequence.value
+    expected = plain_attention(sequence, whole.scale, window)
+    parts, start = [], 0
+    for n in chunks:
+        end = start + n
+        whole.sequences = [
+            Sequence(query[:end], key[:end], value[:end], n, n == 1 and start > 0, sequence.blocks)
+        ]
+        parts.append(
+            paged_attention(
+                query[start:end], key[start:end], value[start:end], 0, whole.batch(), whole.scale
+            )
+        )
+        start = end
+    torch.testing.assert_close(torch.cat(parts), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_two_sequences_read_the_same_cached_prefix():
+    setup = Setup([(8, 5), (8, 1)])
+    first, second = setup.sequences
+    second.blocks[:2] = first.blocks[:2]
+    second.key[:8], second.value[:8] = first.key[:8], first.value[:8]
+    torch.testing.assert_close(setup.run(), setup.expected(), atol=2e-5, rtol=1e-4)
+
+
+def test_only_the_steps_own_places_are_written():
+    setup = Setup(RAGGED)
+    setup.fill_context(0)
+    before = setup.pool.data.clone()
+    setup.run(layer=0)
+    expected = before
+    for s in setup.sequences:
+        for position in range(s.context, len(s.key)):
+            block, offset = setup.place(s, position)
+            expected[block, 0, 0, offset] = s.key[position]
+            expected[block, 0, 1, offset] = s.value[position]
+    assert torch.equal(setup.pool.data, expected)
+
+
+def test_inputs_may_be_strided_views():
+    setup = Setup(RAGGED)
+    setup.fill_context(0)
+    packed = [
+        torch.cat([getattr(s, name)[s.context :] for s in setup.sequences])
+        for name in ("query", "key", "value")
+    ]
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in packed]
+    fused = torch.cat(packed, 1).split([4, 2, 2], 1)
+    assert not any(x.is_contiguous() for x in (*heads_first, *fused))
+    for query, key, value in (heads_first, fused):
+        out = paged_attention(query, key, value, 0, setup.batch(), setup.scale)
+        torch.testing.assert_close(out, setup.expected(), atol=2e-5, rtol=1e-4)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(0, 12), st.none() | st.integers(1, 30))
+def test_the_mask_is_causal_and_no_wider_than_the_window(chunk, context, window):
+    mask = chunk_mask(chunk, context, window, CPU)
+    expected = torch.tensor(
+        [
+            [
+                seen <= context + i and (window is None or seen > context + i - window)
+                for seen in range(context + chunk)
+            ]
+            for i in range(chunk)
+        ]
+    )
+    if mask is None:
+        assert context == 0
+        mask = torch.ones(chunk, chunk, dtype=torch.bool).tril()
+    assert torch.equal(mask, expected)
+
+
+def test_one_block_of_all_layers_is_one_run_of_bytes():
+    layout = KVLayout(3, 4, 2, 16, "bfloat16")
+    pool = KVPool(layout, 5, CPU)
+    view = pool.bytes_view()
+    assert tuple(view.shape) == (5, layout.block_bytes)
+    assert not view.any()
+    for layer in range(3):
+        pool.keys[layer][2] = 1
+        pool.values[layer][2] = 2
+    assert view[2].view(torch.bfloat16).ne(0).all()
+    assert not view[[0, 1, 3, 4]].any()

@@ -1,0 +1,368 @@
+"""The demo against servers that only play a model: what it shows, counts and writes down."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from rich.console import Console
+
+from tokenflow.cluster import demo
+from tokenflow.cluster.demo import (
+    DemoOptions,
+    Result,
+    cell,
+    comparison,
+    live_view,
+    read_metrics,
+    run_demo,
+    status_line,
+)
+from tokenflow.cluster.demo_server import DemoServer
+from tokenflow.cluster.metrics import render
+from tokenflow.loadgen.metrics import StreamRecord, Summary, summarize
+from tokenflow.replicas.errors import TokenFlowError
+from tokenflow.replicas.stats import EngineStats
+
+OPTIONS = DemoOptions(
+    requests=3, max_tokens=4, rate=10.0, kv_tokens=4096, seed=1, json_path=None, timeout_s=20.0
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A chat stream of `max_tokens` tokens in two messages, and the metrics of two replicas."""
+
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        refusal = self.server.refuse(body)
+        self.send_response(429 if refusal else 200)
+        self.end_headers()
+        if refusal:
+            self.wfile.write(refusal.encode())
+            return
+        self.server.count(body)
+        count = body["max_tokens"]
+        for text, tokens, reason in (("[b]Once[/b]", 1, None), (" upon", count, "length")):
+            choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
+            usage = {"prompt_tokens": 1, "completion_tokens": tokens}
+            data = json.dumps({"choices": [choice], "usage": usage})
+            self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def do_GET(self) -> None:
+        assert self.path == "/metrics"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.metrics())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, policy: str, refuse: Callable[[dict], str | None]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.refuse = refuse
+        self.bodies: list[dict] = []
+        self._policy = policy
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, body: dict) -> None:
+        with self._lock:
+            self.bodies.append(body)
+
+    def metrics(self) -> bytes:
+        """Per request: 5 effective tokens and, under tokenflow, 2 preemptions and 1 resume; half of
+        it counted by each of two replicas."""
+        served = len(self.bodies)
+        moved = served if self._policy == "tokenflow" else 0
+        stats = EngineStats(
+            effective_tokens=2.5 * served,
+            preempted_offload=moved,
+            resumes=moved // 2,
+            recomputed_tokens=7 * moved,
+        )
+        odd = replace(stats, resumes=moved - moved // 2)
+        pair = [stats.to_dict() | {"replica_id": "a"}, odd.to_dict() | {"replica_id": "b"}]
+        return render(pair, ingress="i", streams=0, failovers=0)
+
+
+class Servers:
+    """The factory that `run_demo` gets; `made` are the servers in order of use."""
+
+    def __init__(self, refuse: Callable[[dict], str | None] = lambda body: None) -> None:
+        self.made: list[tuple[str, FakeServer]] = []
+        self.closed = 0
+        self._refuse = refuse
+
+    @contextmanager
+    def __call__(self, policy: str) -> Iterator[DemoServer]:
+        server = FakeServer(policy, self._refuse)
+        self.made.append((policy, server))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield DemoServer(server.url, "m")
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self.closed += 1
+
+
+def shown(*things: object, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for thing in things:
+        console.print(thing)
+    return console.file.getvalue()
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of each row of a table, by the row's name."""
+    lines = [line.replace("┃", "│") for line in text.splitlines()]
+    split = [[part.strip() for part in line.split("│")[1:-1]] for line in lines if "│" in line]
+    return {name: cells for name, *cells in split}
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A demo that went well: (what it printed, its report, its servers)."""
+    path = tmp_path_factory.mktemp("demo") / "out.json"
+    servers = Servers()
+    console = Console(file=io.StringIO(), width=100)
+    run_demo(servers, replace(OPTIONS, json_path=str(path)), console)
+    return console.file.getvalue(), json.loads(path.read_text()), servers
+
+
+def test_both_policies_get_the_same_burst_after_a_warm_up(run):
+    _, _, servers = run
+    assert [policy for policy, _ in servers.made] == ["fcfs", "tokenflow"]
+    assert servers.closed == 2
+    bursts = []
+    for _, server in servers.made:
+        warm_up = [body for body in server.bodies if body["max_tokens"] == 16]
+        burst = [body for body in server.bodies if body["max_tokens"] == 4]
+        assert (len(warm_up), len(burst)) == (8, 3)
+        assert {body["token_rate"] for body in burst} == {10.0}
+        bursts.append(sorted(burst, key=lambda body: body["seed"]))
+    assert bursts[0] == bursts[1]
+
+
+def test_the_table_shows_both_policies_side_by_side(run):
+    text, report, _ = run
+    table = rows(text)
+    assert table[""] == ["fcfs", "tokenflow", "ratio"]
+    assert table["preemptions"] == ["0", "6", ""]
+    assert table["resumed from host memory"] == ["0", "3", ""]
+    assert table["tokens computed again"] == ["0", "42", ""]
+    results = report["results"]
+    for name, value in (
+        ("raw throughput, tok/s", lambda r: r["summary"]["raw_tok_s"]),
+        ("effective throughput, tok/s", lambda r: r["generated_effective_tok_s"]),
+    ):
+        first, second = value(results["fcfs"]), value(results["tokenflow"])
+        assert table[name] == [f"{first:.0f}", f"{second:.0f}", f"{second / first:.2f}"]
+    assert "The same burst, side by side" in text
+    assert "A burst of 3 readers at 10 tokens/s, 4 tokens each" in text
+
+
+def test_one_readers_text_is_printed_as_it_is(run):
+    text, _, servers = run
+    assert "[b]Once[/b] upon" in text
+    messages = {body["messages"][0]["content"] for body in servers.made[0][1].bodies}
+    assert any(f"One reader's text ({message}):" in text for message in messages)
+
+
+def test_the_report_has_options_machine_and_figures(run):
+    _, report, _ = run
+    assert set(report) == {"options", "machine", "results"}
+    assert report["options"]["requests"] == 3 and report["options"]["seed"] == 1
+    assert set(report["machine"]) == {"platform", "python"}
+    assert list(report["results"]) == ["fcfs", "tokenflow"]
+    for policy, result in report["results"].items():
+        summary = result["summary"]
+        assert result["policy"] == policy
+        assert (summary["requests"], summary["failed"], summary["tokens"]) == (3, 0, 12)
+        assert set(summary) == set(Summary.__slots__)
+        assert result["generated_effective_tok_s"] == pytest.approx(15 / summary["duration_s"])
+        assert result["sample"] == "[b]Once[/b] upon"
+    assert report["results"]["tokenflow"]["preemptions"] == 6
+
+
+def test_progress_is_logged_where_there_is_no_terminal(run):
+    text, _, _ = run
+    for policy in ("fcfs", "tokenflow"):
+        assert f"{policy}: starting the server..." in text
+        assert f"{policy}    0.0 s  first token " in text
+    assert "\x1b" not in text
+
+
+def test_a_terminal_sees_every_reader(monkeypatch):
+    monkeypatch.setattr(demo, "POLICIES", ("tokenflow",))
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    run_demo(Servers(), OPTIONS, console)
+    text = console.file.getvalue()
+    assert "first token 3/3  done 3" in text
+    assert "■■■" in text
+    assert rows(text)[""] == ["tokenflow"]
+
+
+def test_a_failed_request_ends_the_demo():
+    def refuse(body: dict) -> str | None:
+        return "the queue is full" if body["max_tokens"] == 4 else None
+
+    servers = Servers(refuse)
+    with pytest.raises(TokenFlowError) as caught:
+        run_demo(servers, OPTIONS, Console(file=io.StringIO()))
+    assert str(caught.value) == "3 of 3 requests failed: HTTP 429: the queue is full"
+    assert (len(servers.made), servers.closed) == (1, 1)
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "POLICIES", ("tokenflow",))
+    options = replace(OPTIONS, json_path=str(tmp_path / "nowhere" / "out.json"))
+    with pytest.raises(TokenFlowError):
+        run_demo(Servers(), options, Console(file=io.StringIO()))
+
+
+async def test_metrics_are_summed_over_their_labels():
+    with Servers()("tokenflow") as server:
+        found = await read_metrics(server.url)
+    assert found["tokenflow_preemptions_total"] == 0
+    assert found["tokenflow_time_to_first_token_seconds_count"] == 0
+    servers = Servers()
+    with servers("tokenflow") as server:
+        servers.made[0][1].bodies += [{}] * 5
+        found = await read_metrics(server.url)
+    assert found["tokenflow_effective_tokens_total"] == 25
+    assert found["tokenflow_preemptions_total"] == 10
+    assert found["tokenflow_resumes_total"] == 5
+
+
+# -- the readers as they are shown ----------------------------------------------------------------
+
+NOW = 100.0
+LENGTH = 64
+
+
+def reader(arrivals, **fields) -> StreamRecord:
+    return StreamRecord(10.0, 98.0, sent_s=98.0, arrivals=arrivals, **fields)
+
+
+WAITING = reader([])
+DRY = reader([(98.5, 3)])
+BUFFERED = reader([(99.0, 40)])
+FULL = reader([(99.9, LENGTH)])
+DONE = reader([(99.0, LENGTH)], finished_s=99.5, finish_reason="length")
+
+
+def test_one_cell_per_state():
+    assert cell(WAITING, NOW, LENGTH) == ("·", "dim")
+    assert cell(DRY, NOW, LENGTH) == ("!", "bold red")
+    assert cell(DONE, NOW, LENGTH) == ("■", "blue")
+    assert cell(FULL, NOW, LENGTH) == ("█", "green")
+    assert cell(BUFFERED, NOW, LENGTH)[1] == "green"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "level"), [(1, "▁"), (8, "▁"), (9, "▂"), (32, "▄"), (33, "▅"), (64, "█"), (99, "█")]
+)
+def test_the_level_is_what_lies_ahead_of_the_reader(tokens, level):
+    assert cell(reader([(NOW, tokens)]), NOW, LENGTH) == (level, "green")
+
+
+def test_a_cell_goes_down_while_the_reader_reads_and_up_with_new_text():
+    record = reader([(100.0, 33)])
+    assert cell(record, 100.0, LENGTH)[0] == "▅"
+    assert cell(record, 102.0, LENGTH)[0] == "▂"
+    assert cell(record, 103.25, LENGTH)[0] == "▁"
+    assert cell(record, 103.5, LENGTH)[0] == "!"
+    record.arrivals.append((104.0, 17))
+    assert cell(record, 104.0, LENGTH)[0] == "▃"
+
+
+@pytest.mark.parametrize("arrivals", [[], [(99.0, 3)]])
+def test_a_failed_reader_is_not_shown_as_waiting_or_served(arrivals):
+    failed = reader(arrivals, finished_s=99.5, error="HTTP 429")
+    assert cell(failed, NOW, LENGTH)[0] not in ("·", "■")
+
+
+def test_the_status_line_counts_the_readers():
+    records = [WAITING, DRY, BUFFERED, DONE]
+    assert status_line("fcfs", records, NOW, 97.5) == (
+        "fcfs    2.5 s  first token 3/4  done 1  dry now 1  107 tokens"
+    )
+    assert status_line("fcfs", [], 5.0, 5.0).endswith(
+        "first token 0/0  done 0  dry now 0  0 tokens"
+    )
+
+
+def test_the_live_view_has_a_cell_per_reader_and_the_waits():
+    records = [WAITING, DRY, BUFFERED, DONE, *[WAITING] * 62]
+    lines = shown(live_view("fcfs", records, NOW, 97.5, LENGTH)).splitlines()
+    grid = [line for line in lines if line.count("·") > 1]
+    assert [len(line) for line in grid] == [32, 32, 2]
+    assert grid[0].startswith("·!▄■····")
+    text = "\n".join(lines)
+    assert "first token 3/66  done 1  dry now 1" in text
+    assert "p50 2.00 s, p99 2.00 s" in text
+    assert "all delivered" in text and "has run dry" in text
+
+
+def test_the_live_view_before_anything_was_sent():
+    text = shown(live_view("fcfs", [], NOW, NOW, LENGTH))
+    assert "first token 0/0" in text and "p50" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_live_view_fits_a_terminal(width):
+    text = shown(live_view("tokenflow", [DONE] * 64, 1100.0, 97.5, LENGTH), width=width)
+    assert len(text.splitlines()) == 5
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def result(policy: str, ttft_s: float, effective: float) -> Result:
+    record = StreamRecord(10.0, 0.0, 0.0, [(ttft_s, 50), (ttft_s + 10, 50)], ttft_s + 10, "length")
+    return Result(policy, summarize([record]), effective, 3, 2, 1, "text")
+
+
+def test_ratios_are_the_second_over_the_first():
+    table = rows(shown(comparison([result("fcfs", 8, 50), result("tokenflow", 2, 75)])))
+    assert table["TTFT mean, s"] == ["8.00", "2.00", "0.25"]
+    assert table["TTFT P99, s"] == ["8.00", "2.00", "0.25"]
+    assert table["effective throughput, tok/s"] == ["50", "75", "1.50"]
+    assert table["readers that ran dry"] == ["1", "1", ""]
+    assert table["seconds dry, all readers"] == ["5.0", "5.0", ""]
+    assert table["duration, s"] == ["18.0", "12.0", ""]
+    assert (table["preemptions"], table["tokens computed again"]) == (
+        ["3", "3", ""],
+        ["1", "1", ""],
+    )
+
+
+def test_a_ratio_to_nothing_is_left_out():
+    table = rows(shown(comparison([result("fcfs", 0, 0), result("tokenflow", 2, 75)])))
+    assert table["TTFT mean, s"] == ["0.00", "2.00", ""]
+    assert table["effective throughput, tok/s"] == ["0", "75", ""]
+    assert not math.isnan(float(table["duration, s"][0]))

@@ -1,0 +1,152 @@
+"""What GET /metrics says is what the engines counted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tokenflow.cluster.metrics import render
+from tokenflow.replicas.stats import TTFT_BUCKETS_S, EngineStats
+
+TTFTS = {"one": [0.01, 0.05, 0.3, 1.2, 61.0], "two": [2.0]}
+NAMES = {
+    "steps": "tokenflow_steps_total",
+    "step_seconds": "tokenflow_step_seconds_total",
+    "schedule_seconds": "tokenflow_schedule_seconds_total",
+    "prompt_tokens": "tokenflow_prompt_tokens_total",
+    "recomputed_tokens": "tokenflow_recomputed_tokens_total",
+    "generated_tokens": "tokenflow_generated_tokens_total",
+    "effective_tokens": "tokenflow_effective_tokens_total",
+    "requests": "tokenflow_requests_total",
+    "resumes": "tokenflow_resumes_total",
+    "offloaded_bytes": "tokenflow_offloaded_bytes_total",
+    "written_through_bytes": "tokenflow_written_through_bytes_total",
+    "loaded_bytes": "tokenflow_loaded_bytes_total",
+    "transfer_errors": "tokenflow_transfer_errors_total",
+    "reader_stalls": "tokenflow_reader_stalls_total",
+    "reader_stall_seconds": "tokenflow_reader_stall_seconds_total",
+    "now_waiting": "tokenflow_waiting_requests",
+    "now_running": "tokenflow_running_requests",
+    "now_preempted": "tokenflow_preempted_requests",
+    "now_free_blocks": "tokenflow_kv_free_blocks",
+    "now_total_blocks": "tokenflow_kv_total_blocks",
+    "now_free_host_slots": "tokenflow_host_free_slots",
+    "now_rate": "tokenflow_declared_rate",
+}
+ELSEWHERE = {
+    "finished": "tokenflow_finished_requests_total",
+    "preempted_offload": "tokenflow_preemptions_total",
+    "preempted_recompute": "tokenflow_preemptions_total",
+    "ttft_count": "tokenflow_time_to_first_token_seconds_count",
+    "ttft_seconds": "tokenflow_time_to_first_token_seconds_sum",
+    "ttft_buckets": "tokenflow_time_to_first_token_seconds_bucket",
+}
+
+
+def stats(replica: str, base: int) -> EngineStats:
+    """Every number of its own, so that no two can be mixed up."""
+    made = EngineStats()
+    for i, field in enumerate(fields(EngineStats)):
+        if isinstance(getattr(made, field.name), int | float):
+            setattr(made, field.name, base + i)
+    made.finished = {"stop": base + 50, "length": base + 51}
+    made.ttft_count, made.ttft_seconds = 0, 0.0
+    for seconds in TTFTS[replica]:
+        made.observe_ttft(seconds)
+    return made
+
+
+ENGINES = {"one": stats("one", 1000), "two": stats("two", 2000)}
+
+
+def scrape(**given) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Metric name -> labels -> value."""
+    arguments = {"ingress": "front", "streams": 3, "failovers": 2} | given
+    replicas = arguments.pop(
+        "replicas", [s.to_dict() | {"replica_id": name} for name, s in ENGINES.items()]
+    )
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(render(replicas, **arguments).decode()):
+        assert family.documentation.endswith("."), family.name
+        for sample in family.samples:
+            series = found.setdefault(sample.name, {})
+            labels = tuple(sorted(sample.labels.items()))
+            assert labels not in series, f"{sample.name}{labels} twice"
+            series[labels] = sample.value
+    return found
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_plain_figures_have_one_series_per_replica(field):
+    assert scrape()[NAMES[field]] == {
+        (("replica", name),): float(getattr(engine, field)) for name, engine in ENGINES.items()
+    }
+
+
+def test_preemptions_are_told_apart_by_kind():
+    found = scrape()["tokenflow_preemptions_total"]
+    assert len(found) == 4
+    for name, engine in ENGINES.items():
+        assert found[("how", "offload"), ("replica", name)] == engine.preempted_offload
+        assert found[("how", "recompute"), ("replica", name)] == engine.preempted_recompute
+
+
+def test_ended_requests_are_told_apart_by_reason():
+    found = scrape()["tokenflow_finished_requests_total"]
+    assert found == {
+        (("reason", reason), ("replica", name)): count
+        for name, engine in ENGINES.items()
+        for reason, count in engine.finished.items()
+    }
+
+
+@pytest.mark.parametrize("replica", ENGINES)
+def test_the_ttft_histogram_is_cumulative_and_consistent(replica):
+    found = scrape()
+    name = "tokenflow_time_to_first_token_seconds"
+    buckets = {
+        float(dict(labels)["le"]): value
+        for labels, value in found[f"{name}_bucket"].items()
+        if dict(labels)["replica"] == replica
+    }
+    assert list(buckets) == [*TTFT_BUCKETS_S, math.inf]
+    for bound, count in buckets.items():
+        assert count == sum(seconds <= bound for seconds in TTFTS[replica])
+    labels = (("replica", replica),)
+    assert buckets[math.inf] == found[f"{name}_count"][labels] == len(TTFTS[replica])
+    assert found[f"{name}_sum"][labels] == pytest.approx(sum(TTFTS[replica]))
+
+
+def test_every_field_of_the_stats_is_exported():
+    assert {field.name for field in fields(EngineStats)} == set(NAMES) | set(ELSEWHERE)
+    assert set(NAMES.values()) | set(ELSEWHERE.values()) <= set(scrape())
+
+
+def test_the_ingress_counts_its_own():
+    found = scrape()
+    assert found["tokenflow_ingress_streams"] == {(("ingress", "front"),): 3.0}
+    assert found["tokenflow_failovers_total"] == {(("ingress", "front"),): 2.0}
+
+
+def test_without_replicas_the_ingress_still_answers():
+    found = scrape(replicas=[], streams=0, failovers=0)
+    assert set(found) == {"tokenflow_ingress_streams", "tokenflow_failovers_total"}
+
+
+def test_a_fresh_engine_exports_zeros():
+    found = scrape(replicas=[EngineStats().to_dict() | {"replica_id": "new"}])
+    assert set(NAMES.values()) <= set(found)
+    assert "tokenflow_finished_requests_total" not in found
+    for name, series in found.items():
+        if name not in ("tokenflow_ingress_streams", "tokenflow_failovers_total"):
+            assert set(series.values()) == {0.0}, name
+
+
+def test_odd_label_values_are_escaped():
+    odd = 'a"b\\c\nd'
+    found = scrape(replicas=[EngineStats().to_dict() | {"replica_id": odd}], ingress=odd)
+    assert found["tokenflow_steps_total"] == {(("replica", odd),): 0.0}
+    assert found["tokenflow_ingress_streams"] == {(("ingress", odd),): 3.0}
