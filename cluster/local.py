@@ -26,6 +26,7 @@ from tokenflow.cluster.config import ClusterConfig
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
+from tokenflow.replicas.tokenizer import check_tokenizer
 
 _ANSWER_TIMEOUT_S = 60.0
 
@@ -48,6 +49,7 @@ def preflight(config: ClusterConfig) -> Preflight:
     """Check model, memory and ports. Raises CheckpointError or ConfigError, one sentence each."""
     device = resolve_device(config.engine.device)
     spec = inspect_model(config.model.directory, config.engine, device)
+    check_tokenizer(config.model.directory)
     gpus_each = config.replicas.gpus_each
     if gpus_each is None:
         gpus_each = 1.0 if device.startswith("cuda") else 0.0

@@ -86,6 +86,11 @@ class Engine:
                 f"The prompt has token ids outside the vocabulary (0 to {vocab - 1}).",
                 param="prompt",
             )
+        for name in ("logit_bias", "stop_token_ids"):
+            if any(not 0 <= t < vocab for t in getattr(request.params, name)):
+                raise InvalidRequestError(
+                    f"{name} has token ids outside the vocabulary (0 to {vocab - 1}).", param=name
+                )
         total = len(request.prompt_ids) + request.params.max_tokens
         if total > self.max_model_len:
             raise InvalidRequestError(

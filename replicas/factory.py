@@ -115,6 +115,7 @@ def build_engine(
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
     spec = inspect_model(directory, config, device)
+    tokenizer = load_tokenizer(directory)
     executor = TorchExecutor(
         spec,
         num_blocks=num_blocks,
@@ -130,7 +131,7 @@ def build_engine(
         make_policy(config.policy),
         host,
         config,
-        tokenizer=load_tokenizer(directory),
+        tokenizer=tokenizer,
         eos_ids=spec.eos_token_ids,
         max_model_len=spec.max_model_len,
     )

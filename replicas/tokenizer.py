@@ -8,6 +8,20 @@ from typing import Any
 from tokenflow.replicas.errors import CheckpointError
 
 
+def check_tokenizer(path: str | Path) -> None:
+    """Find a damaged tokenizer.json without loading transformers. Raises CheckpointError."""
+    from tokenizers import Tokenizer
+
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise CheckpointError(f"{file}: is not a tokenizer ({first}).") from None
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The Hugging Face tokenizer of a local model directory. Raises CheckpointError."""
     from transformers import AutoTokenizer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 # Ray reads this when it is imported: it keeps a cluster on 127.0.0.1.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # A test never talks to a cluster that happens to run on the machine.
@@ -11,3 +13,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.pop("RAY_ADDRESS", None)
 
 pytest_plugins = ["tests.support.cluster_fixture"]
+
+# A busy machine with two cores is no reason for a property to fail.
+settings.register_profile("tokenflow", deadline=None)
+settings.load_profile("tokenflow")

@@ -92,11 +92,9 @@ def inspect_checkpoint(
         )
     eos = _eos_ids(root, config)
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        limit = int(config["max_position_embeddings"])
-        if limit < 1:
-            raise ValueError("max_position_embeddings")
+        heads = _size(config, "num_attention_heads")
+        hidden = _size(config, "hidden_size")
+        limit = _size(config, "max_position_embeddings")
         if max_model_len is not None and max_model_len > limit:
             raise CheckpointError(
                 f"{root}: engine.max_model_len is {max_model_len}, but the model's own limit is "
@@ -107,23 +105,30 @@ def inspect_checkpoint(
             name=root.resolve().name,
             architecture=architecture,
             model_type=str(config.get("model_type", "")),
-            layers=int(config["num_hidden_layers"]),
+            layers=_size(config, "num_hidden_layers"),
             hidden_size=hidden,
             num_heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
+            vocab_size=_size(config, "vocab_size"),
             max_model_len=max_model_len or limit,
             dtype=resolved,
             weight_bytes=sum(math.prod(shape) for _, shape in tensors.values()) * DTYPES[resolved],
             eos_token_ids=eos,
             sliding_window=_window(config, architecture),
         )
+        if spec.layers > len(tensors):
+            raise ValueError(f"num_hidden_layers ({spec.layers}, but {len(tensors)} tensors)")
         expected = _expected_tensors(spec, config)
     except _WRONG_VALUE as error:
         raise CheckpointError(f"{root}/config.json: missing or wrong field {error}.") from None
     if min(spec.layers, spec.num_heads, spec.kv_heads, spec.head_dim, spec.vocab_size) < 1:
         raise CheckpointError(f"{root}/config.json: a size below 1.")
+    surplus = f"model.layers.{spec.layers}."
+    if any(name.startswith(surplus) for name in tensors):
+        raise CheckpointError(
+            f"{root}: the weights have more than the {spec.layers} layers of config.json."
+        )
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{root}: the weights lack the tensor {name}.")
@@ -135,9 +140,17 @@ def inspect_checkpoint(
     return spec
 
 
+def _size(config: dict[str, Any], name: str) -> int:
+    """A positive number of config.json. Raises ValueError."""
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+        raise ValueError(f"{name} ({value!r} is no size)")
+    return value
+
+
 def _expected_tensors(spec: ModelSpec, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the model needs; a missing one would be filled with noise."""
-    hidden, middle = spec.hidden_size, int(config["intermediate_size"])
+    hidden, middle = spec.hidden_size, _size(config, "intermediate_size")
     q, kv = spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
     projections = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     qwen2 = spec.architecture == "Qwen2ForCausalLM"
@@ -152,6 +165,9 @@ def _expected_tensors(spec: ModelSpec, config: dict[str, Any]) -> dict[str, tupl
         layer[f"self_attn.{name}_proj.weight"] = shape
         if (qwen2 and name != "o") or (not qwen2 and config.get("attention_bias")):
             layer[f"self_attn.{name}_proj.bias"] = shape[:1]
+    if spec.architecture == "LlamaForCausalLM" and config.get("mlp_bias"):
+        for name, size in (("gate", middle), ("up", middle), ("down", hidden)):
+            layer[f"mlp.{name}_proj.bias"] = (size,)
     if spec.architecture == "Qwen3ForCausalLM":
         layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (spec.head_dim,)
     tensors: dict[str, tuple[int, ...]] = {

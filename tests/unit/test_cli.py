@@ -316,7 +316,8 @@ def test_the_ready_message_shows_where_and_what():
 # -- the demo -------------------------------------------------------------------------------------
 
 
-def test_the_demo_takes_its_options_from_the_flags():
+def test_the_demo_takes_its_options_from_the_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = "--requests 3 --max-tokens 9 --rate 2.5 --kv-tokens 128 --seed 4 --json out.json"
     args = build_parser().parse_args(["demo", *flags.split()])
     assert demo.options_from(args) == demo.DemoOptions(

@@ -308,13 +308,7 @@ VARIANTS = [
     *((family, {}) for family in FAMILIES),
     *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
     ("llama", {"attention_bias": True}),
-    pytest.param(
-        "llama",
-        {"mlp_bias": True},
-        marks=pytest.mark.xfail(
-            strict=True, reason="a missing bias of the MLP is filled with random numbers"
-        ),
-    ),
+    ("llama", {"mlp_bias": True}),
     ("qwen3", {"attention_bias": True}),
 ]
 
