@@ -23,7 +23,8 @@ def test_a_client_that_disconnects_frees_its_blocks_within_a_second(server):
         client.stream("POST", f"{server.base_url}/completions", json=body) as answer,
     ):
         assert answer.status_code == 200
-        assert next(answer.iter_lines()).startswith("data: ")
+        lines = answer.iter_lines()  # kept: dropping the iterator closes the connection
+        assert "choices" in next(lines)
         assert server.metric("tokenflow_running_requests") == 1
     assert server.wait_idle() < 1.0
     # It was ended, not finished early.
