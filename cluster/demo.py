@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -321,7 +323,11 @@ def comparison(results: list[Result]) -> Table:
 def _write_json(options: DemoOptions, results: list[Result]) -> None:
     report: dict[str, Any] = {
         "options": asdict(options),
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "cpus": len(os.sched_getaffinity(0))},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("tokenflow-serve", "ray", "torch", "transformers")},
+        },
         "results": {r.policy: asdict(r) for r in results},
     }
     assert options.json_path is not None

@@ -194,9 +194,10 @@ def test_one_readers_text_is_printed_as_it_is(run):
 
 def test_the_report_has_options_machine_and_figures(run):
     _, report, _ = run
-    assert set(report) == {"options", "machine", "results"}
+    assert set(report) == {"options", "machine", "versions", "results"}
     assert report["options"]["requests"] == 3 and report["options"]["seed"] == 1
-    assert set(report["machine"]) == {"platform", "python"}
+    assert set(report["machine"]) == {"platform", "cpus"}
+    assert {"python", "ray", "torch", "transformers"} < set(report["versions"])
     assert list(report["results"]) == ["fcfs", "tokenflow"]
     for policy, result in report["results"].items():
         summary = result["summary"]

@@ -4,7 +4,7 @@ The model is a 5.5 million parameter ``LlamaForCausalLM`` with its own 4096-toke
 It is trained from scratch on the corpus that ``corpus.py`` builds, on a CPU, for a given number
 of minutes: the learning rate follows the wall clock, so any budget ends in a finished model::
 
-    nice -n 19 python tools/embedded_model/train.py --minutes 75 --threads 2
+    nice -n 19 python tools/embedded_model/train.py --minutes 105 --threads 2
     python tools/embedded_model/train.py --check replicas/models/tokenflow-books
 """
 
