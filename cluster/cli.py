@@ -55,6 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=run_demo)
+
+    from tokenflow.replicas.simulator import command as simulate
+
+    simulate_parser = commands.add_parser(
+        "simulate",
+        help="the paper's settings on simulated GPUs, with this package's engine and policies",
+    )
+    simulate.add_arguments(simulate_parser)
+    simulate_parser.set_defaults(run=simulate.run)
     return parser
 
 

@@ -18,6 +18,7 @@ class FCFSPolicy:
 
     name = "fcfs"
     write_through = False
+    prefill_first = True
 
     def __init__(
         self, initial_ratio: float = 0.7, min_ratio: float = 0.1, decay_steps: int = 600
@@ -32,7 +33,7 @@ class FCFSPolicy:
         running = list(view.running)
         free = self._make_room(view, running, plan)
         self._admit(view, running, free, plan)
-        plan.batch = compose_batch(running, view.max_batch_tokens, prefill_first=True)
+        plan.batch = compose_batch(running, view.max_batch_tokens, prefill_first=self.prefill_first)
         return plan
 
     def _make_room(self, view: View, running: list[Sequence], plan: Plan) -> int:
@@ -71,3 +72,11 @@ class FCFSPolicy:
         """Blocks a running request is expected to take beyond those it holds."""
         total = view.blocks_for(len(seq.tokens) + int(seq.remaining_tokens * self._ratio))
         return max(0, total - seq.num_blocks)
+
+
+class ChunkedPolicy(FCFSPolicy):
+    """The same with chunked prefill: prompts share every step with the decoding requests, which so
+    never wait for one. [Agrawal et al., Sarathi-Serve, OSDI 2024]"""
+
+    name = "chunked"
+    prefill_first = False

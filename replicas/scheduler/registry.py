@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.scheduler.fcfs import FCFSPolicy
+from tokenflow.replicas.scheduler.fcfs import ChunkedPolicy, FCFSPolicy
 from tokenflow.replicas.scheduler.policy import Policy
 from tokenflow.replicas.scheduler.tokenflow import TokenFlowPolicy
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     FCFSPolicy.name: FCFSPolicy,
+    ChunkedPolicy.name: ChunkedPolicy,
     TokenFlowPolicy.name: TokenFlowPolicy,
 }
 
