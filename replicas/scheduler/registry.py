@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.scheduler.andes import AndesPolicy
 from tokenflow.replicas.scheduler.fcfs import ChunkedPolicy, FCFSPolicy
 from tokenflow.replicas.scheduler.policy import Policy
 from tokenflow.replicas.scheduler.tokenflow import TokenFlowPolicy
@@ -12,6 +13,7 @@ from tokenflow.replicas.scheduler.tokenflow import TokenFlowPolicy
 POLICIES: dict[str, Callable[[], Policy]] = {
     FCFSPolicy.name: FCFSPolicy,
     ChunkedPolicy.name: ChunkedPolicy,
+    AndesPolicy.name: AndesPolicy,
     TokenFlowPolicy.name: TokenFlowPolicy,
 }
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from tests.support.engines import check_conservation, fake_engine, make_request, tokens_of
 from tests.support.fake_executor import expected_output
+from tokenflow.replicas.scheduler.registry import POLICIES
 
 requests = st.lists(
     st.tuples(
@@ -19,10 +20,10 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     requests,
-    st.sampled_from(["fcfs", "tokenflow"]),
+    st.sampled_from(sorted(POLICIES)),
     st.integers(29, 60),
     st.sampled_from([0, 8, 40, 200]),
     st.integers(0, 4),
