@@ -132,7 +132,8 @@ class AndesPolicy:
             everyone,
             key=lambda s: (-self._priority(s, view, now, s.request_id in on_device), s.arrival_s),
         )
-        room, picked = view.total_blocks, set()
+        room = view.total_blocks
+        picked: set[str] = set()
         for seq in ranked:
             need = view.blocks_for(len(seq.tokens) + 1)
             if need <= room and len(picked) < view.max_num_seqs:
