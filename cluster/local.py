@@ -29,6 +29,7 @@ from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_bl
 from tokenflow.replicas.tokenizer import check_tokenizer
 
 _ANSWER_TIMEOUT_S = 60.0
+_STEADY_S = 1.0
 
 
 class ServingError(TokenFlowError):
@@ -255,21 +256,27 @@ class LocalCluster:
         self._wait_until_it_answers()
 
     def _wait_until_it_answers(self) -> None:
-        """Serve says "ready" a moment before its HAProxy listens."""
+        """Serve says "ready" before its HAProxy has settled: it is restarted with each change of
+        its configuration, and for a moment of that may refuse. So it has to answer for a while."""
         import grpc
         import httpx
 
         deadline = time.monotonic() + _ANSWER_TIMEOUT_S
-        with httpx.Client(trust_env=False, timeout=5) as client:
-            while True:
-                try:
-                    if client.get(f"{self.url}/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                if time.monotonic() > deadline:
-                    raise ServingError(f"{self.url} does not answer; see {self._log_directory()}.")
-                time.sleep(0.05)
+        steady_since: float | None = None
+        while steady_since is None or time.monotonic() - steady_since < _STEADY_S:
+            if time.monotonic() > deadline:
+                raise ServingError(f"{self.url} does not answer; see {self._log_directory()}.")
+            try:
+                # A new connection each time, as a new client would make it.
+                with httpx.Client(trust_env=False, timeout=5) as client:
+                    healthy = client.get(f"{self.url}/health").status_code == 200
+            except httpx.TransportError:
+                healthy = False
+            if not healthy:
+                steady_since = None
+            elif steady_since is None:
+                steady_since = time.monotonic()
+            time.sleep(0.05)
         with grpc.insecure_channel(self.grpc_target) as channel:
             try:
                 ready = grpc.channel_ready_future(channel)
