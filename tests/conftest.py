@@ -10,7 +10,7 @@ from hypothesis import settings
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # A test never talks to a cluster that happens to run on the machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_ADDRESS"] = "local"
 
 pytest_plugins = ["tests.support.cluster_fixture"]
 
