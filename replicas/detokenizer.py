@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,7 +80,3 @@ class IncrementalDetokenizer:
         """Start the window at `prefix`; its text up to `read` is done with."""
         self._prefix, self._read = prefix, read
         self._shown = len(self._decode(prefix, read))
-
-    def prime(self, token_ids: Iterable[int]) -> str:
-        """Replay ids whose text was delivered before; returns that text."""
-        return "".join(self.add(token_id) for token_id in token_ids)

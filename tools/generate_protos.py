@@ -1,4 +1,4 @@
-"""Regenerates `cluster/rpc/inference_pb2*.py` from `inference.proto`.
+"""Regenerates `cluster/rpc/inference_pb2.py` and its types from `inference.proto`.
 
     pip install "grpcio-tools==1.74.0" && python tools/generate_protos.py
 
@@ -25,7 +25,6 @@ def main() -> int:
             f"-I{INCLUDE}",
             f"--python_out={INCLUDE}",
             f"--pyi_out={INCLUDE}",
-            f"--grpc_python_out={INCLUDE}",
             str(PROTO),
         ]
     )

@@ -16,11 +16,9 @@ from google.protobuf.message_factory import GetMessageClass
 
 from tokenflow.cluster.api.protocol import too_long
 from tokenflow.cluster.limits import Limits
-from tokenflow.cluster.rpc import inference_pb2
 from tokenflow.cluster.rpc.mapping import status_of
+from tokenflow.cluster.rpc.stub import SERVICE
 from tokenflow.replicas.errors import InvalidRequestError
-
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from tokenflow.cluster.rpc import inference_pb2 as pb
-from tokenflow.cluster.rpc import inference_pb2_grpc as pb_grpc
+from tokenflow.cluster.rpc.stub import InferenceStub
 
 pytestmark = pytest.mark.cluster
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 async def stub(server):
     async with grpc.aio.insecure_channel(server.grpc) as channel:
-        yield pb_grpc.InferenceStub(channel)
+        yield InferenceStub(channel)
 
 
 def request(server, text="The old man", **sampling) -> pb.GenerateRequest:
