@@ -42,6 +42,18 @@ class EngineConfig(BaseModel):
     max_waiting: int = Field(
         default=4096, ge=1, description="Requests a replica holds; more are refused."
     )
+    offload: bool = Field(
+        default=True,
+        description="Keep the KV of preempted requests on the host; false = recompute it.",
+    )
+    write_through: bool = Field(
+        default=True, description="Copy filled blocks to the host in the background."
+    )
+    overlap_transfers: bool = Field(
+        default=True,
+        description="Free the copied blocks of a victim at once and load while others are written "
+        "out; false = one direction at a time.",
+    )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda" or "cuda:N".')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

@@ -8,9 +8,12 @@ applies decisions and never makes one; it knows nothing of threads (loop.py), Ra
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
 
 from tokenflow.replicas.block_pool import BlockPool
 from tokenflow.replicas.config import EngineConfig
@@ -18,9 +21,11 @@ from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import FinishReason, Request, Sequence, State
+from tokenflow.replicas.scheduler.capacity import reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
+from tokenflow.replicas.scheduler.tracker import Tracker
 from tokenflow.replicas.stats import EngineStats
 from tokenflow.replicas.text import TextStream
 from tokenflow.replicas.transfers import HostSlots, Job, Kind, Transfers
@@ -30,6 +35,20 @@ logger = logging.getLogger("tokenflow.engine")
 # tokens/s; beyond them a reader's buffer is no sensible number any more.
 _LOWEST_RATE = 1e-3
 _HIGHEST_RATE = 1e6
+
+_PACING_INTERVAL_S = 0.5
+_FIRST_CHUNK_BLOCKS = 4
+"""Blocks copied beside a step while the link's speed is unknown."""
+
+
+def check_rate(token_rate: float) -> None:
+    """Raise InvalidRequestError unless it is a reading speed, or infinite for no reader."""
+    if token_rate != math.inf and not _LOWEST_RATE <= token_rate <= _HIGHEST_RATE:
+        raise InvalidRequestError(
+            f"token_rate must be between {_LOWEST_RATE:g} and {_HIGHEST_RATE:g} tokens/s, "
+            f"got {token_rate:g}.",
+            param="token_rate",
+        )
 
 
 class Engine:
@@ -58,6 +77,7 @@ class Engine:
         self.cost = CostModel()
         self.stats = EngineStats()
         self.pool = BlockPool(executor.num_blocks)
+        self.tracker = Tracker()
         self._host = host
         self._transfers = Transfers(executor, self.pool, host)
         self._tokenizer = tokenizer
@@ -67,8 +87,9 @@ class Engine:
         self._max_blocks = -(-self.max_model_len // self._block_size)
         self._sequences: dict[str, Sequence] = {}
         self._text: dict[str, TextStream] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._entries = 0
+        self._elastic: dict[str, Sequence] = {}
+        self._next_pacing_s = -math.inf
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._events: list[TokenEvent] = []
         self.refresh_stats()
@@ -100,11 +121,7 @@ class Engine:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if not _LOWEST_RATE <= request.token_rate <= _HIGHEST_RATE:
-            raise InvalidRequestError(
-                f"token_rate must be between {_LOWEST_RATE:g} and {_HIGHEST_RATE:g} tokens/s.",
-                param="token_rate",
-            )
+        check_rate(request.token_rate)
         if len(self._sequences) >= self.config.max_waiting:
             raise CapacityError(
                 f"This replica already holds {len(self._sequences)} requests; try again later."
@@ -116,13 +133,14 @@ class Engine:
             raise InvalidRequestError(
                 f"A request with id {request.request_id!r} is already running.", param="request_id"
             )
+        check_rate(request.token_rate)
         seq = Sequence(request, self._max_blocks)
         text = TextStream(self._tokenizer, request.params, self._eos_ids)
         text.prime(request.resumed_ids)
         self._sequences[seq.request_id] = seq
         self._text[seq.request_id] = text
-        self._waiting.append(seq)
-        self._waiting.sort(key=lambda s: s.arrival_s)
+        self.tracker.add(seq)
+        self._watch_elastic(seq)
         self.stats.requests += 1
 
     def cancel(self, request_id: str) -> bool:
@@ -135,6 +153,19 @@ class Engine:
             return False
         seq.cancelled = True
         self._end_early(seq, FinishReason.CANCELLED)
+        return True
+
+    def set_rate(self, request_id: str, token_rate: float) -> bool:
+        """Change how fast a request is consumed, from now on; infinite = as fast as it can.
+
+        False when it is not (or no longer) here. Raises InvalidRequestError.
+        """
+        check_rate(token_rate)
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        seq.set_rate(token_rate, self._clock())
+        self._watch_elastic(seq)
         return True
 
     def fail(self, request_id: str, message: str) -> None:
@@ -160,18 +191,17 @@ class Engine:
 
     def step(self) -> bool:
         """Run one step. Returns False when there was nothing to run (copies may be under way)."""
-        begun = self._clock()
         self._collect()
-        view = self._view()
-        plan = self.policy.plan(view, begun)
+        begun = self._clock()
+        self._pace_elastic(begun)
+        plan = self.policy.plan(self._view(), begun)
         self._apply(plan)
         batch = self._schedule(plan)
         planned = self._clock()
         self.stats.schedule_seconds += planned - begun
         if not batch and not self._transfers.active and self._sequences:
-            self._force_progress()
-            batch = self._schedule_forced()
-        if self.policy.write_through:
+            batch = self._force_progress()
+        if self.policy.write_through and self.config.write_through:
             self._write_through(batch, planned)
         if not batch:
             return self.refresh_stats()
@@ -187,43 +217,65 @@ class Engine:
     def refresh_stats(self) -> bool:
         """Bring the gauges up to date; returns False: nothing was run."""
         stats = self.stats
-        stats.now_waiting = len(self._waiting)
-        stats.now_running = len(self._running)
-        stats.now_preempted = len(self._sequences) - stats.now_waiting - stats.now_running
+        tracker = self.tracker
+        tracker.refresh()
+        stats.now_waiting = tracker.count(State.WAITING)
+        stats.now_running = tracker.count(State.RUNNING)
+        stats.now_preempted = len(tracker) - stats.now_waiting - stats.now_running
         stats.now_free_blocks = self.pool.free_blocks
         stats.now_total_blocks = self.pool.num_blocks
         stats.now_free_host_slots = self._host.available()
-        stats.now_rate = sum(s.playback.rate for s in self._sequences.values())
+        stats.now_rate = float(tracker.rate.sum())
         return False
 
     def _view(self) -> View:
-        by_state: dict[State, list[Sequence]] = {state: [] for state in State}
-        for seq in self._sequences.values():
-            by_state[seq.state].append(seq)
+        self.tracker.refresh()
+        transfers = self._transfers
         return View(
-            waiting=self._waiting,
-            running=self._running,
-            preempted=by_state[State.PREEMPTED],
-            offloading=by_state[State.OFFLOADING],
-            loading=by_state[State.LOADING],
+            tracker=self.tracker,
             free_blocks=self.pool.free_blocks,
-            releasing_blocks=self._transfers.releasing_blocks,
+            releasing_blocks=transfers.releasing_blocks,
             total_blocks=self.pool.num_blocks,
-            free_host_slots=self._host.available(),
+            free_host_slots=self._host.available() if self.config.offload else 0,
+            offload_queue=transfers.queued(to_host=True),
+            load_queue=transfers.queued(to_host=False),
             block_size=self._block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_batch_tokens=self.config.max_batch_tokens,
             cost=self.cost,
         )
 
+    def _watch_elastic(self, seq: Sequence) -> None:
+        if seq.elastic:
+            self._elastic[seq.request_id] = seq
+        else:
+            self._elastic.pop(seq.request_id, None)
+        self.tracker.touch(seq)
+
+    def _pace_elastic(self, now: float) -> None:
+        """Move the reference rate of consumers that are no readers."""
+        if not self._elastic or now < self._next_pacing_s:
+            return
+        self._next_pacing_s = now + _PACING_INTERVAL_S
+        self.tracker.refresh()
+        kv_tokens = self.pool.num_blocks * self._block_size
+        rate = reference_rate(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+        if rate is None:
+            return
+        for seq in self._elastic.values():
+            seq.playback.set_rate(rate, now)
+            self.tracker.touch(seq)
+
     # -- applying a plan ------------------------------------------------------------------------
 
     def _apply(self, plan: Plan) -> None:
-        now = self._clock()
         for seq, how in plan.preempt:
-            self._preempt(seq, how, now)
+            self._preempt(seq, how)
+        for seq in plan.drop:
+            if seq.state is State.PREEMPTED:
+                self._drop_kv(seq)
         for seq in plan.resume:
-            self._resume(seq, now)
+            self._resume(seq)
         for seq in plan.admit:
             self._admit(seq)
 
@@ -232,7 +284,6 @@ class Engine:
             return False
         if not self._take_blocks(seq):
             return False
-        self._waiting.remove(seq)
         self._enter_device(seq)
         return True
 
@@ -250,30 +301,33 @@ class Engine:
             seq.slot = self._free_rows.pop()
         seq.resident_tokens = 0
         seq.move(State.RUNNING)
-        self._running.append(seq)
+        self._entries += 1
+        seq.entered = self._entries
+        self.tracker.touch(seq)
 
     def _leave_device(self, seq: Sequence) -> None:
         """Give up row and blocks; copies under way keep their own hold on the blocks."""
-        if seq.state is State.RUNNING:
-            self._running.remove(seq)
         if seq.slot >= 0:
             self._free_rows.append(seq.slot)
             seq.slot = -1
         self.pool.release(seq.take_blocks())
+        self.tracker.touch(seq)
 
-    def _preempt(self, seq: Sequence, how: Preempt, now: float) -> None:
+    def _preempt(self, seq: Sequence, how: Preempt) -> None:
         if seq.state is not State.RUNNING:
             return
         seq.preemptions += 1
         filled = -(-seq.num_computed // self._block_size)
-        if how is Preempt.OFFLOAD and filled > 0 and self._reserve_slots(seq, filled):
+        offload = how is Preempt.OFFLOAD and self.config.offload
+        if offload and filled > 0 and self._reserve_slots(seq, filled):
             self.stats.preempted_offload += 1
             first = seq.synced_blocks
             items = [
                 (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(first, filled)
             ]
             if items:
-                self._transfers.start(Kind.OFFLOAD, items, now)
+                kept = [] if self.config.overlap_transfers else seq.block_ids[:first].tolist()
+                self._transfers.start(Kind.OFFLOAD, items, kept)
                 self.stats.offloaded_bytes += len(items) * self.executor.layout.block_bytes
             self._leave_device(seq)
             seq.move(State.OFFLOADING if items else State.PREEMPTED)
@@ -287,8 +341,7 @@ class Engine:
         self._release_host(seq)
         seq.num_computed = 0
         seq.move(State.WAITING)
-        self._waiting.append(seq)
-        self._waiting.sort(key=lambda s: s.arrival_s)
+        self.tracker.touch(seq)
 
     def _reserve_slots(self, seq: Sequence, blocks: int) -> bool:
         """Make `seq` hold a host slot for each of its first `blocks` blocks."""
@@ -298,24 +351,29 @@ class Engine:
             if slots is None:
                 return False
             seq.host_slots.extend(slots)
+            self.tracker.touch(seq)
         return True
 
     def _release_host(self, seq: Sequence) -> None:
         self._transfers.release_slots(seq.host_slots)
         seq.host_slots = []
         seq.synced_blocks = 0
+        self.tracker.touch(seq)
 
-    def _resume(self, seq: Sequence, now: float) -> None:
+    def _resume(self, seq: Sequence) -> None:
         if seq.state is not State.PREEMPTED or not self._free_rows:
+            return
+        if not self.config.overlap_transfers and self._transfers.pending(Kind.OFFLOAD):
             return
         if not self._take_blocks(seq):
             return
         seq.slot = self._free_rows.pop()
         seq.move(State.LOADING)
+        self.tracker.touch(seq)
         items = [
             (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(seq.synced_blocks)
         ]
-        self._transfers.start(Kind.LOAD, items, now)
+        self._transfers.start(Kind.LOAD, items)
         self.stats.resumes += 1
         self.stats.loaded_bytes += len(items) * self.executor.layout.block_bytes
 
@@ -334,29 +392,25 @@ class Engine:
             if blocks is None:
                 return False
             seq.add_blocks(blocks)
+            self.tracker.touch(seq)
         return True
 
-    def _force_progress(self) -> None:
+    def _force_progress(self) -> list[tuple[Sequence, int]]:
         """Nothing runs and nothing moves: a policy that holds back with an idle device is wrong,
         but no stream may die of it. Keep the oldest request and take the memory of the others."""
         logger.warning("policy %s left the device idle; serving the oldest", self.policy.name)
         oldest = min(self._sequences.values(), key=lambda s: s.arrival_s)
-        for seq in list(self._running):
-            if seq is not oldest:
-                self._preempt(seq, Preempt.RECOMPUTE, self._clock())
+        for seq in self._sequences.values():
+            if seq is not oldest and seq.state is State.RUNNING:
+                self._preempt(seq, Preempt.RECOMPUTE)
         if oldest.state is State.WAITING:
             self._admit(oldest)
         elif oldest.state is State.PREEMPTED:
-            self._resume(oldest, self._clock())
-
-    def _schedule_forced(self) -> list[tuple[Sequence, int]]:
-        plan = Plan(
-            batch=[
-                (seq, min(seq.pending_tokens, self.config.max_batch_tokens))
-                for seq in self._running[:1]
-            ]
-        )
-        return self._schedule(plan)
+            self._resume(oldest)
+        if oldest.state is not State.RUNNING:
+            return []
+        n = min(oldest.pending_tokens, self.config.max_batch_tokens)
+        return self._schedule(Plan(batch=[(oldest, n)]))
 
     # -- copies ---------------------------------------------------------------------------------
 
@@ -367,18 +421,16 @@ class Engine:
         """
         if self._transfers.pending(Kind.WRITE_THROUGH):
             return
-        decodes = sum(1 for _, n in batch if n == 1)
+        decodes = [seq for seq, n in batch if n == 1]
         prefill = sum(n for _, n in batch if n > 1)
         per_block = self.cost.offload_s(1)
-        budget = 4
+        budget = _FIRST_CHUNK_BLOCKS
         if per_block > 0:
-            budget = max(1, int(self.cost.step_s(decodes, prefill) / per_block))
-        lagging = [
-            seq for seq in self._running if seq.synced_blocks < seq.num_computed // self._block_size
-        ]
-        lagging.sort(key=lambda seq: seq.playback.slack_s(now), reverse=True)
+            context = sum(seq.num_computed for seq in decodes)
+            budget = max(1, int(self.cost.step_s(len(decodes), context, prefill) / per_block))
+        self.tracker.refresh()
         items: list[tuple[Sequence, int, int, int]] = []
-        for seq in lagging:
+        for seq in self._behind(now):
             full = seq.num_computed // self._block_size
             upto = min(full, seq.synced_blocks + budget - len(items))
             if not self._reserve_slots(seq, upto):
@@ -390,20 +442,28 @@ class Engine:
             if len(items) >= budget:
                 break
         if items:
-            self._transfers.start(Kind.WRITE_THROUGH, items, now)
+            self._transfers.start(Kind.WRITE_THROUGH, items)
             copied = len(items) * self.executor.layout.block_bytes
             self.stats.offloaded_bytes += copied
             self.stats.written_through_bytes += copied
 
+    def _behind(self, now: float) -> list[Sequence]:
+        """Running sequences with filled blocks that are not on the host, fullest buffer first."""
+        tracker = self.tracker
+        rows = tracker.rows(State.RUNNING)
+        rows = rows[tracker.synced[rows] < tracker.computed[rows] // self._block_size]
+        return tracker.take(rows[np.argsort(-tracker.due_s[rows], kind="stable")])
+
     def _collect(self, timeout_s: float = 0.0) -> None:
-        for job, error in self._transfers.collect(timeout_s):
+        for job, done in self._transfers.collect(timeout_s):
+            error = done.error
             if error is not None:
                 self.stats.transfer_errors += 1
                 logger.error("%s of %d blocks failed: %s", job.kind.value, len(job.blocks), error)
             elif job.kind is Kind.LOAD:
-                self.cost.observe_load(len(job.blocks), self._clock() - job.started_s)
+                self.cost.observe_load(len(job.blocks), done.seconds)
             else:
-                self.cost.observe_offload(len(job.blocks), self._clock() - job.started_s)
+                self.cost.observe_offload(len(job.blocks), done.seconds)
             self._finish_job(job, error)
 
     def _finish_job(self, job: Job, error: Exception | None) -> None:
@@ -415,6 +475,7 @@ class Engine:
                     current = index < len(seq.host_slots) and seq.host_slots[index] == slot
                     if current and seq.state is State.RUNNING and seq.synced_blocks == index:
                         seq.synced_blocks = index + 1
+                        self.tracker.touch(seq)
             return
         for seq in dict.fromkeys(seq for seq, _ in job.parts):
             if job.kind is Kind.OFFLOAD:
@@ -430,6 +491,7 @@ class Engine:
             return
         seq.synced_blocks = -(-seq.num_computed // self._block_size)
         seq.move(State.PREEMPTED)
+        self.tracker.touch(seq)
 
     def _loaded(self, seq: Sequence, error: Exception | None) -> None:
         if seq.state is not State.LOADING:
@@ -468,13 +530,15 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.step_seconds += now - begun
-        decodes = prefill = 0
+        decodes = prefill = context = 0
         unix_now = time.time()
         for (seq, n), token_id, logprobs in zip(
             batch, result.token_ids, result.logprobs, strict=True
         ):
+            self.tracker.touch(seq)
             if seq.decoding:
                 decodes += 1
+                context += seq.num_computed
             else:
                 prefill += n
                 fresh = max(0, min(seq.num_computed + n, len(seq.prompt_ids)) - seq.num_computed)
@@ -485,7 +549,7 @@ class Engine:
             seq.num_computed += n
             if token_id >= 0:
                 self._take_token(seq, token_id, logprobs, now, unix_now)
-        self.cost.observe_step(decodes, prefill, now - begun)
+        self.cost.observe_step(decodes, context, prefill, now - begun)
 
     def _take_token(
         self,
@@ -531,15 +595,19 @@ class Engine:
 
     def _forget(self, seq: Sequence, reason: FinishReason) -> None:
         """Free everything a request holds; copies under way keep what they touch until they end."""
-        if seq.state is State.WAITING:
-            self._waiting.remove(seq)
         self._leave_device(seq)
         self._release_host(seq)
         seq.move(State.FINISHED)
+        self.tracker.remove(seq)
+        self._elastic.pop(seq.request_id, None)
         del self._sequences[seq.request_id]
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
-        stats.effective_tokens += effective_tokens(seq.buffers)
-        stats.reader_stalls += seq.playback.stalls
-        stats.reader_stall_seconds += seq.playback.stall_s
+        if seq.elastic:
+            # Nobody reads along: every token counts, and no pause is seen.
+            stats.effective_tokens += len(seq.buffers)
+        else:
+            stats.effective_tokens += effective_tokens(seq.buffers)
+            stats.reader_stalls += seq.playback.stalls
+            stats.reader_stall_seconds += seq.playback.stall_s

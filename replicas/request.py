@@ -6,6 +6,7 @@ a state, and ARCS the only place that says which changes exist.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ ARCS: dict[State, frozenset[State]] = {
 }
 
 
+FIRST_REFERENCE = 20.0
+"""Reference rate of a consumer that is no reader until the capacity is known, tokens/s."""
+
+
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
@@ -59,7 +64,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     token_rate: float
-    """Tokens per second the reader consumes."""
+    """Tokens per second the reader consumes; infinite = as fast as it can be had (no reader)."""
     resumed_ids: tuple[int, ...] = ()
     """Tokens another replica already delivered; generation continues after them."""
     arrival_s: float = field(default_factory=time.monotonic)
@@ -74,6 +79,8 @@ class Sequence:
         "block_ids",
         "buffers",
         "cancelled",
+        "elastic",
+        "entered",
         "first_token_s",
         "host_slots",
         "num_blocks",
@@ -86,6 +93,7 @@ class Sequence:
         "request",
         "request_id",
         "resident_tokens",
+        "row",
         "slot",
         "state",
         "synced_blocks",
@@ -101,7 +109,13 @@ class Sequence:
         self.tokens: list[int] = [*request.prompt_ids, *request.resumed_ids]
         self.arrival_s = request.arrival_s
         self.state = State.WAITING
-        self.playback = Playback(request.token_rate)
+        self.elastic = math.isinf(request.token_rate)
+        """Whether its consumer is no reader: its rate is then a reference that moves with load."""
+        self.playback = Playback(FIRST_REFERENCE if self.elastic else request.token_rate)
+        self.row = -1
+        """Its row in the tracker."""
+        self.entered = 0
+        """The how-manieth entry onto the device was its last."""
         self.first_token_s: float | None = None
         self.slot = -1
         """Row on the device while resident, else -1."""
@@ -125,6 +139,12 @@ class Sequence:
         if to not in ARCS[self.state]:
             raise RuntimeError(f"{self.request_id}: no way from {self.state.name} to {to.name}")
         self.state = to
+
+    def set_rate(self, token_rate: float, now: float) -> None:
+        """Change the consumer's speed; infinite = no reader."""
+        self.elastic = math.isinf(token_rate)
+        if not self.elastic:
+            self.playback.set_rate(token_rate, now)
 
     @property
     def pending_tokens(self) -> int:

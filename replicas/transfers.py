@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 from tokenflow.replicas.block_pool import BlockPool
-from tokenflow.replicas.executor.base import Executor
+from tokenflow.replicas.executor.base import CopyDone, Executor
 from tokenflow.replicas.request import Sequence
 
 
@@ -43,7 +43,8 @@ class Job:
     blocks: tuple[int, ...]
     slots: tuple[int, ...]
     parts: tuple[tuple[Sequence, int], ...]
-    started_s: float
+    kept: tuple[int, ...] = ()
+    """Device blocks that are not copied but stay held until the copy ends."""
 
 
 class Transfers:
@@ -66,16 +67,33 @@ class Transfers:
     @property
     def releasing_blocks(self) -> int:
         """Device blocks that no sequence holds any more, only an offload under way."""
-        return sum(len(job.blocks) for job in self._jobs.values() if job.kind is Kind.OFFLOAD)
+        return sum(
+            len(job.blocks) + len(job.kept)
+            for job in self._jobs.values()
+            if job.kind is Kind.OFFLOAD
+        )
+
+    def queued(self, *, to_host: bool) -> int:
+        """Blocks on their way in that direction."""
+        return sum(
+            len(job.blocks)
+            for job in self._jobs.values()
+            if (job.kind is not Kind.LOAD) == to_host
+        )
 
     def pending(self, kind: Kind) -> bool:
         return any(job.kind is kind for job in self._jobs.values())
 
-    def start(self, kind: Kind, items: list[tuple[Sequence, int, int, int]], now: float) -> None:
-        """Start one job over `(sequence, index, device block, host slot)`."""
+    def start(
+        self, kind: Kind, items: list[tuple[Sequence, int, int, int]], kept: Iterable[int] = ()
+    ) -> None:
+        """Start one job over `(sequence, index, device block, host slot)`; `kept` names further
+        device blocks to hold until it ends."""
         blocks = tuple(item[2] for item in items)
         slots = tuple(item[3] for item in items)
+        kept = tuple(kept)
         self._pool.share(blocks)
+        self._pool.share(kept)
         for slot in slots:
             self._busy[slot] = self._busy.get(slot, 0) + 1
         if kind is Kind.LOAD:
@@ -83,16 +101,17 @@ class Transfers:
         else:
             job_id = self._executor.offload(list(zip(blocks, slots, strict=True)))
         parts = tuple((item[0], item[1]) for item in items)
-        self._jobs[job_id] = Job(kind, blocks, slots, parts, now)
+        self._jobs[job_id] = Job(kind, blocks, slots, parts, kept)
 
-    def collect(self, timeout_s: float = 0.0) -> list[tuple[Job, Exception | None]]:
+    def collect(self, timeout_s: float = 0.0) -> list[tuple[Job, CopyDone]]:
         """Jobs that ended since the last call; waits at most `timeout_s` for the first."""
         if not self._jobs:
             return []
         done = []
-        for job_id, error in self._executor.poll_transfers(timeout_s):
-            job = self._jobs.pop(job_id)
+        for copy in self._executor.poll_transfers(timeout_s):
+            job = self._jobs.pop(copy.job_id)
             self._pool.release(job.blocks)
+            self._pool.release(job.kept)
             free = []
             for slot in job.slots:
                 self._busy[slot] -= 1
@@ -103,7 +122,7 @@ class Transfers:
                         free.append(slot)
             if free:
                 self._host.release(free)
-            done.append((job, error))
+            done.append((job, copy))
         return done
 
     def release_slots(self, slots: Iterable[int]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,15 @@ class StepResult:
     logprobs: list[TokenLogprobs | None]
 
 
+class CopyDone(NamedTuple):
+    """The end of a copy job."""
+
+    job_id: int
+    error: Exception | None
+    seconds: float
+    """How long the copy itself took, without waiting in a queue."""
+
+
 class Executor(Protocol):
     """Runs steps over a device block pool of `num_blocks` blocks of `layout`."""
 
@@ -108,9 +117,8 @@ class Executor(Protocol):
         """Start copying host slots into device blocks: `(host slot, block id)`; a job id."""
         ...
 
-    def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:
-        """Finished jobs since the last call: `(job id, None | error)`. Waits at most `timeout_s`
-        for the first one."""
+    def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
+        """Jobs finished since the last call. Waits at most `timeout_s` for the first one."""
         ...
 
     def close(self) -> None:

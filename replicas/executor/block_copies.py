@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from tokenflow.replicas.errors import KVStoreError
+from tokenflow.replicas.executor.base import CopyDone
 
 _POLL_S = 0.0002
 
@@ -30,7 +31,7 @@ class Copies(Protocol):
         """Copy `(host slot, device block)` pairs."""
         ...
 
-    def poll(self, timeout_s: float) -> list[tuple[int, Exception | None]]: ...
+    def poll(self, timeout_s: float) -> list[CopyDone]: ...
 
     def close(self) -> None: ...
 
@@ -48,7 +49,7 @@ class CopyThread:
         self._device = device
         self._host = host
         self._todo: queue.SimpleQueue[tuple[int, list[Any], list[Any]] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[int, Exception | None]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[CopyDone] = queue.SimpleQueue()
         self._last = 0
         self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
         self._thread.start()
@@ -69,14 +70,16 @@ class CopyThread:
     def _run(self) -> None:
         while (job := self._todo.get()) is not None:
             job_id, targets, sources = job
+            begun = time.perf_counter()
+            error: Exception | None = None
             try:
                 for target, source in zip(targets, sources, strict=True):
                     target.copy_(source)
-                self._done.put((job_id, None))
-            except Exception as error:  # reported, and the next job still runs
-                self._done.put((job_id, error))
+            except Exception as failure:  # reported, and the next job still runs
+                error = failure
+            self._done.put(CopyDone(job_id, error, time.perf_counter() - begun))
 
-    def poll(self, timeout_s: float) -> list[tuple[int, Exception | None]]:
+    def poll(self, timeout_s: float) -> list[CopyDone]:
         done = []
         try:
             if timeout_s > 0:
@@ -99,7 +102,7 @@ class CudaCopies:
         self._host = host
         self._out: Any = torch.cuda.Stream(device.device)
         self._in: Any = torch.cuda.Stream(device.device)
-        self._jobs: list[tuple[int, Any]] = []
+        self._jobs: list[tuple[int, Any, Any]] = []
         self._last = 0
 
     def to_host(self, pairs: Seq[tuple[int, int]]) -> int:
@@ -115,23 +118,28 @@ class CudaCopies:
 
     def _start(self, stream: Any, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
         stream.wait_stream(torch.cuda.current_stream(self._device.device))
+        begun, event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
+            begun.record(stream)
             for target, source in copies:
                 target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
             event.record(stream)
         self._last += 1
-        self._jobs.append((self._last, event))
+        self._jobs.append((self._last, begun, event))
         return self._last
 
-    def poll(self, timeout_s: float) -> list[tuple[int, Exception | None]]:
+    def poll(self, timeout_s: float) -> list[CopyDone]:
         deadline = time.monotonic() + timeout_s
         while True:
-            done = [(job_id, None) for job_id, event in self._jobs if event.query()]
+            done = [
+                CopyDone(job_id, None, begun.elapsed_time(event) / 1e3)
+                for job_id, begun, event in self._jobs
+                if event.query()
+            ]
             if done or time.monotonic() >= deadline:
-                finished = {job_id for job_id, _ in done}
+                finished = {copy.job_id for copy in done}
                 self._jobs = [job for job in self._jobs if job[0] not in finished]
-                return list(done)
+                return done
             time.sleep(_POLL_S)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from tokenflow.replicas.executor.attention import (
     PrefillChunk,
     chunk_mask,
 )
-from tokenflow.replicas.executor.base import ScheduledSequence, StepResult, TokenLogprobs
+from tokenflow.replicas.executor.base import CopyDone, ScheduledSequence, StepResult, TokenLogprobs
 from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.fusion import fuse_model
@@ -149,7 +149,7 @@ class TorchExecutor:
     def load(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._copies.to_device(pairs)
 
-    def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:
+    def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         return self._copies.poll(timeout_s)
 
     def close(self) -> None:

@@ -10,11 +10,12 @@ the quality over a horizon in closed form, as in the authors' scheduler]
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from tokenflow.replicas.request import Sequence
+import numpy as np
+
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,141 +49,173 @@ class AndesPolicy:
 
     def plan(self, view: View, now: float) -> Plan:
         plan = Plan()
-        running = list(view.running)
-        free = self._make_room(view, running, plan, now)
+        running, free = self._make_room(view, view.running(), plan, now)
         self._steps += 1
-        if not plan.preempt and view.waiting:
-            if not self._pressed(view):
-                self._admit_in_order(view, running, free, plan)
+        waiting = view.waiting()
+        if not plan.preempt and len(waiting):
+            if not self._pressed(view, running):
+                running = self._admit_in_order(view, running, waiting, free, plan)
             elif self._steps % self.params.period == 0:
-                self._swap(view, running, free, plan, now)
+                running = self._swap(view, running, waiting, free, plan, now)
         self._admitted += sum(seq.preemptions == 0 for seq in plan.admit)
-        plan.batch = compose_batch(running, view.max_batch_tokens, prefill_first=True)
+        plan.batch = compose_batch(view, running, prefill_first=True)
         return plan
 
     # -- quality --------------------------------------------------------------------------------
 
-    def serve_quality(self, seq: Sequence, view: View, now: float) -> float:
-        """Quality after the horizon if served, in [0, 1]."""
+    def serve_quality(self, view: View, rows: IntArray, now: float) -> FloatArray:
+        """Quality of each after the horizon if served, in [0, 1]."""
         p = self.params
-        elapsed, produced = now - seq.arrival_s, len(seq.output_ids)
-        gap = 1.0 / seq.playback.rate
-        if produced and elapsed < p.target_ttft_s + produced * gap:
-            return 1.0
-        expected = (elapsed + p.horizon_s) / gap
-        step_s = view.cost.step_s(max(1, len(view.running)), 0)
-        made = produced + p.horizon_s / max(gap, step_s)
-        return min(1.0, (made / expected) ** 2)
-
-    def wait_quality(self, seq: Sequence, now: float, wait_s: float) -> float:
-        """Quality after `wait_s` without a token, in [0, 1]."""
-        elapsed, produced = now - seq.arrival_s, len(seq.output_ids)
-        if produced == 0:
-            return 1.0 if elapsed + wait_s <= self.params.target_ttft_s else 0.0
-        expected = (elapsed + wait_s) * seq.playback.rate
-        if expected <= produced:
-            return 1.0
-        return 1.0 - ((expected - produced) / expected) ** 2
-
-    def gain(self, seq: Sequence, view: View, now: float, running: bool) -> float:
-        """What serving it over the horizon is worth."""
-        worth = self.serve_quality(seq, view, now) - self.wait_quality(
-            seq, now, self.params.horizon_s
+        tracker = view.tracker
+        elapsed = now - tracker.arrival_s[rows]
+        produced = tracker.generated[rows]
+        gap = 1.0 / tracker.rate[rows]
+        on_device = view.running()
+        step_s = view.cost.step_s(
+            max(1, len(on_device)), float(tracker.context[on_device].sum())
         )
-        return max(worth, 0.0) * (self.params.running_bonus if running else 1.0)
+        expected = (elapsed + p.horizon_s) / gap
+        made = produced + p.horizon_s / np.maximum(gap, step_s)
+        ahead = (produced > 0) & (elapsed < p.target_ttft_s + produced * gap)
+        quality: FloatArray = np.where(ahead, 1.0, np.minimum(1.0, (made / expected) ** 2))
+        return quality
+
+    def wait_quality(self, view: View, rows: IntArray, now: float, wait_s: float) -> FloatArray:
+        """Quality of each after `wait_s` without a token, in [0, 1]."""
+        tracker = view.tracker
+        elapsed = now - tracker.arrival_s[rows]
+        produced = tracker.generated[rows]
+        expected = np.maximum((elapsed + wait_s) * tracker.rate[rows], 1e-9)
+        behind = np.clip((expected - produced) / expected, 0.0, 1.0)
+        unborn = np.where(elapsed + wait_s <= self.params.target_ttft_s, 1.0, 0.0)
+        quality: FloatArray = np.where(produced == 0, unborn, 1.0 - behind**2)
+        return quality
+
+    def gain(self, view: View, rows: IntArray, now: float, runs: bool) -> FloatArray:
+        """What serving each over the horizon is worth."""
+        worth = self.serve_quality(view, rows, now) - self.wait_quality(
+            view, rows, now, self.params.horizon_s
+        )
+        gain: FloatArray = np.maximum(worth, 0.0) * (self.params.running_bonus if runs else 1.0)
+        return gain
+
+    def _priority(self, view: View, rows: IntArray, now: float, runs: bool) -> FloatArray:
+        priority: FloatArray = self.gain(view, rows, now, runs) / view.blocks_needed(rows)
+        return priority
 
     # -- plans ----------------------------------------------------------------------------------
 
-    def _pressed(self, view: View) -> bool:
+    def _pressed(self, view: View, running: IntArray) -> bool:
         used = 1.0 - view.free_blocks / view.total_blocks
-        if used > self.params.occupancy or len(view.running) >= view.max_num_seqs:
+        if used > self.params.occupancy or len(running) >= view.max_num_seqs:
             return True
-        if not view.running:
+        if not len(running):
             return False
-        strictest = min(1.0 / seq.playback.rate for seq in view.running)
-        return view.cost.step_s(len(view.running), 0) > strictest
+        tracker = view.tracker
+        strictest = 1.0 / float(tracker.rate[running].max())
+        return view.cost.step_s(len(running), float(tracker.context[running].sum())) > strictest
 
-    def _make_room(self, view: View, running: list[Sequence], plan: Plan, now: float) -> int:
-        """Preempt the least deserving until the others can take their next step."""
-        free = view.free_blocks
-        need = sum(view.growth(seq) for seq in running)
-        while need > free and len(running) > 1:
-            victim = min(
-                running,
-                key=lambda s: (self._priority(s, view, now, running=True), -s.arrival_s),
-            )
-            need -= view.growth(victim)
-            free += self._preempt(view, victim, running, plan)
-        return max(free - need, 0)
-
-    def _admit_in_order(self, view: View, running: list[Sequence], free: int, plan: Plan) -> None:
-        for seq in view.waiting:
-            need = view.blocks_for(len(seq.tokens) + 1)
-            if need > free or len(running) >= view.max_num_seqs:
+    def _make_room(
+        self, view: View, running: IntArray, plan: Plan, now: float
+    ) -> tuple[IntArray, int]:
+        """Preempt the least deserving until the others can take their next step; who stays, and
+        the blocks free beside them."""
+        growth = view.growth(running)
+        need, free = int(growth.sum()), view.free_blocks
+        if need <= free:
+            return running, free - need
+        tracker = view.tracker
+        priority = self._priority(view, running, now, runs=True)
+        worst_first = np.lexsort((-tracker.arrival_s[running], priority))
+        stays = np.ones(len(running), bool)
+        for i in worst_first[:-1].tolist():
+            if need <= free:
                 break
-            free -= need
-            running.append(seq)
-            plan.admit.append(seq)
+            stays[i] = False
+            need -= int(growth[i])
+            free += self._preempt(view, int(running[i]), plan)
+        return running[stays], max(free - need, 0)
 
-    def _swap(self, view: View, running: list[Sequence], free: int, plan: Plan, now: float) -> None:
+    def _admit_in_order(
+        self, view: View, running: IntArray, waiting: IntArray, free: int, plan: Plan
+    ) -> IntArray:
+        places = view.max_num_seqs - len(running)
+        waiting = waiting[:places]
+        fits = np.cumsum(view.blocks_needed(waiting)) <= free
+        admitted = waiting[: int(fits.sum())]
+        plan.admit = view.tracker.take(admitted)
+        return np.concatenate([running, admitted])
+
+    def _swap(
+        self, view: View, running: IntArray, waiting: IntArray, free: int, plan: Plan, now: float
+    ) -> IntArray:
         """Pack by gain per block; admit what the packing adds if the swap pays."""
-        on_device = {seq.request_id for seq in running}
-        everyone = [*running, *view.waiting]
-        ranked = sorted(
-            everyone,
-            key=lambda s: (-self._priority(s, view, now, s.request_id in on_device), s.arrival_s),
+        tracker = view.tracker
+        everyone = np.concatenate([running, waiting])
+        priority = np.concatenate(
+            [
+                self._priority(view, running, now, runs=True),
+                self._priority(view, waiting, now, runs=False),
+            ]
         )
-        room = view.total_blocks
-        picked: set[str] = set()
-        for seq in ranked:
-            need = view.blocks_for(len(seq.tokens) + 1)
-            if need <= room and len(picked) < view.max_num_seqs:
-                room -= need
-                picked.add(seq.request_id)
-        leaving = [s for s in reversed(ranked) if s in running and s.request_id not in picked]
+        ranked = everyone[np.lexsort((tracker.arrival_s[everyone], -priority))]
+        picked = self._pack(view, ranked)
+        on_device = dict.fromkeys(running.tolist())
+        leaving = [row for row in ranked[::-1].tolist() if row in on_device and row not in picked]
         victims_left = min(
             self.params.victims_per_plan,
             int(self.params.preemptions_per_request * self._admitted) - self._preempted,
         )
-        for seq in ranked:
-            if seq.request_id not in picked or seq.request_id in on_device:
+        for row in ranked.tolist():
+            if row not in picked or row in on_device:
                 continue
-            need = view.blocks_for(len(seq.tokens) + 1)
-            chosen: list[Sequence] = []
+            need = int(view.blocks_needed(np.array([row]))[0])
+            chosen: list[int] = []
             freed = free
-            full = len(running) >= view.max_num_seqs
+            full = len(on_device) >= view.max_num_seqs
             while (freed < need or (full and not chosen)) and len(chosen) < len(leaving):
                 chosen.append(leaving[len(chosen)])
-                freed += chosen[-1].num_blocks
+                freed += int(tracker.blocks[chosen[-1]])
             if freed < need or (full and not chosen) or len(chosen) > victims_left:
                 break
-            if chosen and not self._pays(seq, chosen, view, running, now):
+            if chosen and not self._pays(view, row, chosen, list(on_device), now):
                 break
+            del leaving[: len(chosen)]
             for victim in chosen:
-                leaving.remove(victim)
-                free += self._preempt(view, victim, running, plan)
+                del on_device[victim]
+                free += self._preempt(view, victim, plan)
             victims_left -= len(chosen)
             free -= need
-            running.append(seq)
-            plan.admit.append(seq)
+            on_device[row] = None
+            plan.admit.append(tracker.sequences[row])
+        return np.array(list(on_device), np.int64)
+
+    def _pack(self, view: View, ranked: IntArray) -> set[int]:
+        """Rows that fit into memory, the best first."""
+        room = view.total_blocks
+        picked: set[int] = set()
+        for row, need in zip(ranked.tolist(), view.blocks_needed(ranked).tolist(), strict=True):
+            if len(picked) >= view.max_num_seqs or room <= 0:
+                break
+            if need <= room:
+                room -= need
+                picked.add(row)
+        return picked
 
     def _pays(
-        self, seq: Sequence, victims: Seq[Sequence], view: View, running: Seq[Sequence], now: float
+        self, view: View, row: int, victims: list[int], running: list[int], now: float
     ) -> bool:
         """Whether the newcomer gains more than the others lose while prefills run."""
-        overhead_s = sum(view.cost.prefill_s(len(s.tokens)) for s in (*victims, seq))
-        loss = sum(
-            self.wait_quality(other, now, 0.0) - self.wait_quality(other, now, overhead_s)
-            for other in running
-            if other not in victims
+        tokens = int(view.tracker.context[[*victims, row]].sum())
+        others = np.array([r for r in running if r not in victims], np.int64)
+        loss = self.wait_quality(view, others, now, 0.0) - self.wait_quality(
+            view, others, now, view.cost.prefill_s(tokens)
         )
-        return self.gain(seq, view, now, running=False) > loss
+        gain = self.gain(view, np.array([row]), now, runs=False)
+        return float(gain[0]) > float(loss.sum())
 
-    def _priority(self, seq: Sequence, view: View, now: float, running: bool) -> float:
-        return self.gain(seq, view, now, running) / view.blocks_for(len(seq.tokens) + 1)
-
-    def _preempt(self, view: View, victim: Sequence, running: list[Sequence], plan: Plan) -> int:
-        running.remove(victim)
-        plan.preempt.append((victim, Preempt.RECOMPUTE))
+    def _preempt(self, view: View, row: int, plan: Plan) -> int:
+        """Drop it; the blocks that frees."""
+        plan.preempt.append((view.tracker.sequences[row], Preempt.RECOMPUTE))
         self._preempted += 1
-        return view.released_now(victim, Preempt.RECOMPUTE)
+        return int(view.tracker.blocks[row])

@@ -1,15 +1,19 @@
 """What a step and a transfer cost, learned online from the steps themselves.
 
-Decode steps are close to `a + b * sequences`; prefill adds a time per token; transfers a time per
-block. Nothing is configured: until the first observations the estimates are optimistic.
+A decode step takes a fixed time, a time per sequence and a time per token of context it reads;
+prefill adds a time per prompt token; copies take a time per block. Nothing is configured: until the
+first observations the estimates are optimistic.
 """
 
 from __future__ import annotations
 
 import math
 
-_FORGET = 0.99
-"""Weight of an observation one step later: about the last hundred steps count."""
+import numpy as np
+from numpy.typing import NDArray
+
+_FORGET = 0.995
+"""Weight of an observation one step later: about the last two hundred steps count."""
 
 
 class _Mean:
@@ -21,79 +25,100 @@ class _Mean:
         self.value = 0.0
         self._weight = 0.0
 
-    def add(self, x: float) -> None:
-        self._weight = self._weight * _FORGET + 1.0
-        self.value += (x - self.value) / self._weight
-
-    @property
-    def known(self) -> bool:
-        return self._weight > 0
+    def add(self, x: float, weight: float = 1.0) -> None:
+        self._weight = self._weight * _FORGET + weight
+        self.value += (x - self.value) * weight / self._weight
 
 
 class CostModel:
     """Estimates for one engine; fed by the engine, read by policies. Seconds throughout."""
 
-    __slots__ = ("_load", "_n", "_offload", "_prefill", "_t", "_x", "_xt", "_xx")
+    __slots__ = ("_coefficients", "_gram", "_load", "_moment", "_offload", "_prefill")
 
     def __init__(self) -> None:
-        # Exponentially weighted sums for the line through (decoding sequences, step seconds).
-        self._n = self._x = self._t = self._xx = self._xt = 0.0
+        # Exponentially weighted normal equations over (1, sequences, context tokens).
+        self._gram = np.zeros((3, 3))
+        self._moment = np.zeros(3)
+        self._coefficients: tuple[float, float, float] | None = (0.0, 0.0, 0.0)
         self._prefill = _Mean()
         self._offload = _Mean()
         self._load = _Mean()
 
-    def observe_step(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
-        """A step of `decodes` decoding sequences and `prefill_tokens` prompt tokens took that."""
+    def observe_step(
+        self, decodes: int, context_tokens: int, prefill_tokens: int, seconds: float
+    ) -> None:
+        """A step over `decodes` decoding sequences, which read `context_tokens` tokens of KV, and
+        `prefill_tokens` prompt tokens took that long."""
         if prefill_tokens == 0:
-            self._n = self._n * _FORGET + 1.0
-            self._x = self._x * _FORGET + decodes
-            self._t = self._t * _FORGET + seconds
-            self._xx = self._xx * _FORGET + decodes * decodes
-            self._xt = self._xt * _FORGET + decodes * seconds
+            x = np.array([1.0, decodes, context_tokens])
+            self._gram *= _FORGET
+            self._gram += np.outer(x, x)
+            self._moment *= _FORGET
+            self._moment += x * seconds
+            self._coefficients = None
         else:
-            base = self.step_s(decodes, 0) if decodes else 0.0
-            self._prefill.add(max(seconds - base, 0.0) / prefill_tokens)
+            base = self.step_s(decodes, context_tokens) if decodes else 0.0
+            self._prefill.add(max(seconds - base, 0.0) / prefill_tokens, prefill_tokens)
 
     def observe_offload(self, blocks: int, seconds: float) -> None:
-        self._offload.add(seconds / max(blocks, 1))
+        """Copying `blocks` blocks to the host took that long, without queueing."""
+        self._offload.add(seconds / max(blocks, 1), max(blocks, 1))
 
     def observe_load(self, blocks: int, seconds: float) -> None:
-        self._load.add(seconds / max(blocks, 1))
+        """Copying `blocks` blocks to the device took that long, without queueing."""
+        self._load.add(seconds / max(blocks, 1), max(blocks, 1))
 
-    def _line(self) -> tuple[float, float]:
-        """(seconds per step, seconds per decoding sequence), both at least 0."""
-        if self._n == 0:
-            return 0.0, 0.0
-        mean_x, mean_t = self._x / self._n, self._t / self._n
-        variance = self._xx / self._n - mean_x * mean_x
-        if variance < 1e-9:
-            # One batch size seen so far: take the whole step as fixed cost.
-            return mean_t, 0.0
-        slope = (self._xt / self._n - mean_x * mean_t) / variance
-        slope = min(max(slope, 0.0), mean_t / max(mean_x, 1.0))
-        return mean_t - slope * mean_x, slope
+    def _line(self) -> tuple[float, float, float]:
+        """(seconds per step, per sequence, per context token), none below 0."""
+        if self._coefficients is None:
+            self._coefficients = _fit(self._gram, self._moment)
+        return self._coefficients
 
-    def step_s(self, decodes: int, prefill_tokens: int) -> float:
+    def step_s(self, decodes: float, context_tokens: float, prefill_tokens: int = 0) -> float:
         """Predicted duration of a step."""
-        fixed, slope = self._line()
-        return fixed + slope * decodes + self.prefill_s(prefill_tokens)
+        fixed, per_sequence, per_token = self._line()
+        seconds = fixed + per_sequence * decodes + per_token * context_tokens
+        return seconds + self.prefill_s(prefill_tokens)
 
-    def prefill_s(self, tokens: int) -> float:
+    def prefill_s(self, tokens: float) -> float:
         """Predicted time to prefill `tokens` prompt tokens."""
         return self._prefill.value * tokens
 
-    def load_s(self, blocks: int) -> float:
-        """Predicted time to load `blocks` blocks from the host, queueing included."""
+    def load_s(self, blocks: float) -> float:
+        """Predicted time to load `blocks` blocks from the host, without queueing."""
         return self._load.value * blocks
 
-    def offload_s(self, blocks: int) -> float:
-        """Predicted time to copy `blocks` blocks to the host, queueing included."""
+    def offload_s(self, blocks: float) -> float:
+        """Predicted time to copy `blocks` blocks to the host, without queueing."""
         return self._offload.value * blocks
 
-    def capacity(self, sequences: float) -> float:
-        """Gamma: tokens/s when `sequences` decode together; infinite while unknown.
-
-        [TokenFlow §4.3]
-        """
-        seconds = self.step_s(max(1, round(sequences)), 0)
+    def capacity(self, sequences: float, context: float) -> float:
+        """Gamma: tokens/s when `sequences` of `context` tokens each decode together; infinite while
+        unknown. [TokenFlow §4.3]"""
+        seconds = self.step_s(sequences, sequences * context)
         return sequences / seconds if seconds > 0 else math.inf
+
+
+def _fit(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Least squares with no coefficient below 0: the worst offender is dropped until none is.
+
+    What the observations do not tell apart (one batch size only, say) falls to the fixed part.
+    """
+    result = [0.0, 0.0, 0.0]
+    kept = [0, 1, 2]
+    weight = gram[0, 0]
+    if weight == 0:
+        return (0.0, 0.0, 0.0)
+    scale = np.sqrt(np.maximum(np.diag(gram) / weight, 1e-300))
+    while kept:
+        index = np.ix_(kept, kept)
+        a = gram[index] / np.outer(scale[kept], scale[kept]) / weight
+        # A ridge on all but the fixed part keeps near-constant features from exploding.
+        a += np.diag([0.0 if k == 0 else 1e-7 for k in kept])
+        solution = np.linalg.solve(a, moment[kept] / scale[kept] / weight) / scale[kept]
+        if solution.min() >= 0:
+            for k, value in zip(kept, solution.tolist(), strict=True):
+                result[k] = value
+            break
+        kept.pop(int(np.argmin(solution * scale[kept])))
+    return (result[0], result[1], result[2])

@@ -7,8 +7,10 @@ same, the request that came last is dropped and recomputed later.
 
 from __future__ import annotations
 
-from tokenflow.replicas.request import Sequence
+import numpy as np
+
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.tracker import IntArray
 
 
 class FCFSPolicy:
@@ -30,48 +32,57 @@ class FCFSPolicy:
 
     def plan(self, view: View, now: float) -> Plan:
         plan = Plan()
-        running = list(view.running)
-        free = self._make_room(view, running, plan)
-        self._admit(view, running, free, plan)
-        plan.batch = compose_batch(running, view.max_batch_tokens, prefill_first=self.prefill_first)
+        running, free = self._make_room(view, view.running(), plan)
+        if not plan.preempt:
+            running = self._admit(view, running, free, plan)
+        plan.batch = compose_batch(view, running, prefill_first=self.prefill_first)
         return plan
 
-    def _make_room(self, view: View, running: list[Sequence], plan: Plan) -> int:
-        """Retract the newest requests until every other one can take its next step."""
+    def _make_room(self, view: View, running: IntArray, plan: Plan) -> tuple[IntArray, int]:
+        """Retract the newest requests until every other one can take its next step; what stays,
+        and the blocks free beside it."""
+        tracker = view.tracker
+        growth = view.growth(running)
+        need = int(growth.sum())
         free = view.free_blocks
-        need = sum(view.growth(seq) for seq in running)
-        overflow = need > free
-        while need > free and len(running) > 1:
-            victim = max(running, key=lambda seq: seq.arrival_s)
-            running.remove(victim)
-            need -= view.growth(victim)
-            free += view.released_now(victim, Preempt.RECOMPUTE)
-            plan.preempt.append((victim, Preempt.RECOMPUTE))
-        self._ratio = self._initial if overflow else max(self._min, self._ratio - self._decay)
-        return free - need
+        if need <= free:
+            self._ratio = max(self._min, self._ratio - self._decay)
+            return running, free - need
+        self._ratio = self._initial
+        newest = np.lexsort((tracker.order[running], tracker.arrival_s[running]))[::-1]
+        stays = np.ones(len(running), bool)
+        for i in newest[:-1].tolist():
+            if need <= free:
+                break
+            stays[i] = False
+            need -= int(growth[i])
+            free += int(tracker.blocks[running[i]])
+            plan.preempt.append((tracker.sequences[running[i]], Preempt.RECOMPUTE))
+        return running[stays], free - need
 
-    def _admit(self, view: View, running: list[Sequence], free: int, plan: Plan) -> None:
-        if plan.preempt:
-            return
-        expected = sum(self._expected_blocks(view, seq) for seq in running)
-        for seq in view.waiting:
-            if len(running) >= view.max_num_seqs:
+    def _admit(self, view: View, running: IntArray, free: int, plan: Plan) -> IntArray:
+        tracker = view.tracker
+        expected = int((self._later_blocks(view, running) - tracker.blocks[running]).clip(0).sum())
+        waiting = view.waiting()[: view.max_num_seqs - view.on_device()]
+        admitted = []
+        needs, laters = view.blocks_needed(waiting), self._later_blocks(view, waiting)
+        for row, need, later in zip(waiting.tolist(), needs, laters, strict=True):
+            alone = not len(running) and not admitted
+            if free < need or (not alone and free - expected < max(need, later)):
                 break
-            now_blocks = view.blocks_for(len(seq.tokens) + 1)
-            later = view.blocks_for(len(seq.tokens) + int(seq.remaining_tokens * self._ratio))
-            if running and free - expected < max(now_blocks, later):
-                break
-            if free < now_blocks:
-                break
-            free -= now_blocks
-            expected += max(0, later - now_blocks)
-            running.append(seq)
-            plan.admit.append(seq)
+            free -= int(need)
+            expected += max(0, int(later) - int(need))
+            admitted.append(row)
+        plan.admit = tracker.take(admitted)
+        return np.concatenate([running, np.array(admitted, np.int64)])
 
-    def _expected_blocks(self, view: View, seq: Sequence) -> int:
-        """Blocks a running request is expected to take beyond those it holds."""
-        total = view.blocks_for(len(seq.tokens) + int(seq.remaining_tokens * self._ratio))
-        return max(0, total - seq.num_blocks)
+    def _later_blocks(self, view: View, rows: IntArray) -> IntArray:
+        """Blocks each is expected to hold in the end."""
+        tracker = view.tracker
+        remaining = tracker.limit[rows] - tracker.generated[rows]
+        tokens = tracker.context[rows] + (remaining * self._ratio).astype(np.int64)
+        blocks: IntArray = (tokens + view.block_size - 1) // view.block_size
+        return blocks
 
 
 class ChunkedPolicy(FCFSPolicy):

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 STALL_EPSILON_S = 1e-3
 """Gaps shorter than this are not counted as stalls (their seconds still are)."""
 
@@ -49,6 +52,11 @@ class Playback:
         self._run += n
         self.generated += n
 
+    @property
+    def due_s(self) -> float:
+        """When the reader needs a token that does not exist yet; -inf before the first token."""
+        return self._last_consumed + 1.0 / self.rate if self.generated else -math.inf
+
     def buffer(self, now: float) -> int:
         """Tokens generated and not consumed at `now`."""
         ahead = (self._last_consumed - now) * self.rate
@@ -66,9 +74,7 @@ class Playback:
         Negative once the reader stalls; -inf before the first token. This is buffer / rate in
         continuous time. [TokenFlow §4.1, in seconds]
         """
-        if not self.generated:
-            return -math.inf
-        return self._last_consumed + 1.0 / self.rate - now
+        return self.due_s - now
 
     def set_rate(self, rate: float, now: float) -> None:
         """Change the reading speed at `now`; what is buffered is read at the new speed."""
@@ -88,6 +94,14 @@ def token_weight(buffer: float, output_tokens: int) -> float:
     if buffer <= low:
         return 1.0
     return max(0.0, 2.0 - buffer / low) if low > 0 else 0.0
+
+
+def token_weights(
+    buffers: NDArray[np.float64], output_tokens: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """`token_weight` over arrays of the same shape."""
+    low = np.maximum(0.1 * output_tokens, 1e-9)
+    return np.clip(2.0 - buffers / low, 0.0, 1.0)
 
 
 def buffers_at_generation(times: list[float], rate: float) -> list[int]:

@@ -6,13 +6,15 @@ before every step with `now` passed in. The same object runs in the engine and i
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from tokenflow.replicas.request import Sequence
+import numpy as np
+
+from tokenflow.replicas.request import Sequence, State
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 
 
 class Preempt(Enum):
@@ -26,21 +28,18 @@ class Preempt(Enum):
 
 @dataclass(slots=True)
 class View:
-    """What a policy may look at. Sequences are read, never changed."""
+    """What a policy may look at. Rows are indices into the tracker, valid during this plan."""
 
-    waiting: Seq[Sequence]
-    """No KV anywhere, in order of arrival."""
-    running: Seq[Sequence]
-    """On the device, in the order they came onto it."""
-    preempted: Seq[Sequence]
-    """All KV on the host."""
-    offloading: Seq[Sequence]
-    loading: Seq[Sequence]
+    tracker: Tracker
     free_blocks: int
     releasing_blocks: int
     """Blocks of earlier victims, free as soon as their copy to the host ends."""
     total_blocks: int
     free_host_slots: int
+    offload_queue: int
+    """Blocks on their way to the host."""
+    load_queue: int
+    """Blocks on their way to the device."""
     block_size: int
     max_num_seqs: int
     """Most sequences that may be running or loading at once."""
@@ -48,34 +47,64 @@ class View:
     """Token budget of one step."""
     cost: CostModel
 
+    def waiting(self) -> IntArray:
+        """Rows without KV anywhere, in order of arrival."""
+        rows = self.tracker.rows(State.WAITING)
+        if len(rows) < 2:
+            return rows
+        tracker = self.tracker
+        return rows[np.lexsort((tracker.order[rows], tracker.arrival_s[rows]))]
+
+    def running(self) -> IntArray:
+        """Rows on the device, in the order they came onto it."""
+        rows = self.tracker.rows(State.RUNNING)
+        return rows[np.argsort(self.tracker.entered[rows])]
+
+    def on_device(self) -> int:
+        """Sequences that hold a place on the device."""
+        return self.tracker.count(State.RUNNING) + self.tracker.count(State.LOADING)
+
+    def slack_s(self, rows: IntArray, now: float) -> FloatArray:
+        """Seconds until each reader needs a token that does not exist; -inf before the first."""
+        slack: FloatArray = self.tracker.due_s[rows] - now
+        return slack
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def growth(self, seq: Sequence) -> int:
-        """Blocks a running sequence lacks for its next step."""
-        return max(0, self.blocks_for(len(seq.tokens)) - seq.num_blocks)
+    def blocks_needed(self, rows: IntArray) -> IntArray:
+        """Blocks each takes to come onto the device: all its tokens and the next one."""
+        return self.tracker.context[rows] // self.block_size + 1
 
-    def released_now(self, seq: Sequence, how: Preempt) -> int:
-        """Blocks that are free as soon as `seq` is preempted."""
-        if how is Preempt.RECOMPUTE:
-            return seq.num_blocks
-        return min(seq.synced_blocks, seq.num_blocks)
+    def growth(self, rows: IntArray) -> IntArray:
+        """Blocks each running one lacks for its next step."""
+        tracker = self.tracker
+        filled = (tracker.context[rows] - 1) // self.block_size + 1
+        return np.maximum(filled - tracker.blocks[rows], 0)
 
-    def slots_to_offload(self, seq: Sequence) -> int:
-        """Host slots the offload of `seq` still needs."""
-        return max(0, self.blocks_for(seq.num_computed) - len(seq.host_slots))
+    def released_now(self, rows: IntArray) -> IntArray:
+        """Blocks that are free as soon as each is preempted for offload."""
+        return np.minimum(self.tracker.synced[rows], self.tracker.blocks[rows])
+
+    def slots_to_offload(self, rows: IntArray) -> IntArray:
+        """Host slots the offload of each still needs."""
+        tracker = self.tracker
+        filled = (tracker.computed[rows] + self.block_size - 1) // self.block_size
+        return np.maximum(filled - tracker.slots[rows], 0)
 
 
 @dataclass(slots=True)
 class Plan:
-    """What the engine is to do, in this order: preempt, resume, admit, then run the batch."""
+    """What the engine is to do, in this order: preempt, drop, resume, admit, run the batch."""
 
     preempt: list[tuple[Sequence, Preempt]] = field(default_factory=list)
+    drop: list[Sequence] = field(default_factory=list)
+    """Preempted sequences whose copy on the host is given up: they are recomputed."""
     resume: list[Sequence] = field(default_factory=list)
     """Preempted sequences to load back; each gets blocks for all its tokens."""
     admit: list[Sequence] = field(default_factory=list)
-    """Waiting sequences to bring onto the device; each gets blocks for all its tokens."""
+    """Waiting or dropped sequences to bring onto the device, with blocks for all their tokens."""
     batch: list[tuple[Sequence, int]] = field(default_factory=list)
     """(running sequence, tokens of it in this step)."""
 
@@ -93,22 +122,28 @@ class Policy(Protocol):
 
 
 def compose_batch(
-    running: Seq[Sequence], max_batch_tokens: int, *, prefill_first: bool = False
+    view: View, rows: IntArray, *, prefill_first: bool = False
 ) -> list[tuple[Sequence, int]]:
-    """Pack a step: every decoding sequence gets one token, prefills share what is left in order.
+    """Pack a step from `rows`, on the device or admitted by this plan.
 
-    With `prefill_first`, a step with any prefill in it carries prefills only.
+    Every decoding sequence gets one token, prefills share what is left of the budget in order. With
+    `prefill_first`, a step with any prefill in it carries prefills only.
     """
-    decodes = [(seq, 1) for seq in running if seq.pending_tokens == 1]
-    prefills = [seq for seq in running if seq.pending_tokens > 1]
-    batch: list[tuple[Sequence, int]] = []
-    if prefills and prefill_first:
+    tracker = view.tracker
+    pending = tracker.context[rows] - tracker.computed[rows]
+    decoding = pending == 1
+    decodes = tracker.take(rows[decoding])
+    if len(decodes) == len(rows):
+        return [(seq, 1) for seq in decodes[: view.max_batch_tokens]]
+    if prefill_first:
         decodes = []
-    budget = max_batch_tokens - len(decodes)
-    for seq in prefills:
+    budget = view.max_batch_tokens - len(decodes)
+    batch: list[tuple[Sequence, int]] = []
+    prefilling = ~decoding
+    for row, left in zip(rows[prefilling].tolist(), pending[prefilling].tolist(), strict=True):
         if budget <= 0:
             break
-        n = min(seq.pending_tokens, budget)
-        batch.append((seq, n))
+        n = min(left, budget)
+        batch.append((tracker.sequences[row], n))
         budget -= n
-    return batch + decodes[:max_batch_tokens]
+    return batch + [(seq, 1) for seq in decodes[: view.max_batch_tokens]]

@@ -8,6 +8,7 @@ from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.scheduler.andes import AndesPolicy
 from tokenflow.replicas.scheduler.fcfs import ChunkedPolicy, FCFSPolicy
 from tokenflow.replicas.scheduler.policy import Policy
+from tokenflow.replicas.scheduler.slack import SlackPolicy
 from tokenflow.replicas.scheduler.tokenflow import TokenFlowPolicy
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -15,6 +16,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     ChunkedPolicy.name: ChunkedPolicy,
     AndesPolicy.name: AndesPolicy,
     TokenFlowPolicy.name: TokenFlowPolicy,
+    SlackPolicy.name: SlackPolicy,
 }
 
 

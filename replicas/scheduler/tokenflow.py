@@ -1,48 +1,48 @@
-"""Buffer-aware preemption: the device goes to the readers who will run dry first.
+"""TokenFlow's own algorithm, as the paper gives it: the baseline that ours has to beat.
 
-Every stream's slack is the time until its reader needs a token that does not exist yet. A stream
-with much slack can leave the device unnoticed; the memory it frees gives a late request its first
-token. Four rules, in seconds rather than tokens so that they hold for every rate:
+Every `interval_s`, and only under stress (somebody waits, or a reader is about to run dry), two
+steps are run; otherwise prefills simply go first.
 
-1. A stream comes back when its slack falls to `resume_slack_s` plus the time the switch takes.
-2. A victim must have more than `victim_slack_s`, must cover the switch `conservativeness` times
-   over, and must be `margin_s` better off than the stream it makes room for (without that
-   hysteresis streams chase each other on and off the device).
-3. Past `useful_fraction` of its output a buffer is worth nothing more: such a stream also makes
-   room for one that is in no hurry but has less.
-4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Streams
-   beyond that are *parked*: they run on what the others leave and are the first to make room, so
-   overload degrades to first come, first served instead of stalling everybody.
+1. Working set: requests join in order of arrival as far as memory, the places that readers with a
+   full buffer can give up, and the sum of rates allow. Beyond the capacity nobody is admitted and
+   nobody is switched: first come, first served.
+2. Balancing: the members are ranked by utility, taken greedily as they fit into memory, and the
+   order is improved by swapping neighbours while the total utility rises.
 
-[TokenFlow §4.1-§4.3; slack, hysteresis and the useful-token cap are ours]
+A member comes back by load or by recompute, whichever is quicker. [TokenFlow §4.1-§4.3]
+
+Where the paper is silent: the utility's buffer term enters as what *not* running would cost, since
+with the printed sign an empty buffer would speak against running; the working-set bound is `M /
+beta` plus the places that can be switched, as its scaling is given without a formula.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from tokenflow.replicas.request import Sequence
+import numpy as np
+
+from tokenflow.replicas.request import State
+from tokenflow.replicas.scheduler.capacity import capacity
+from tokenflow.replicas.scheduler.playback import token_weights
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray
+
+_SWAP_WINDOW = 16
+"""Neighbours either side of the first misfit that the local search tries to swap."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFlowParams:
-    """Tunables; seconds where the name says so."""
+    """Tunables; names and ranges of the paper."""
 
-    resume_slack_s: float = 1.0
-    victim_slack_s: float = 2.0
-    margin_s: float = 1.0
-    conservativeness: float = 2.0
-    """mu of the paper: how many times over a victim's slack must cover the switch."""
-    useful_fraction: float = 0.15
-    """A buffer beyond this share of the output limit is surplus."""
-    load_factor: float = 0.92
-    min_residency_tokens: int = 8
-    """Tokens a stream generates on the device before it can be a victim again."""
-    growth_steps: int = 8
-    """Steps of growth of the running streams that an admission leaves free."""
+    interval_s: float = 0.5
+    """Reschedule interval; 0.5 to 1.5 s in the paper."""
+    conservativeness: float = 1.0
+    """mu: how many times over a buffer must cover a switch; 1 is agile, 20 hardly ever switches."""
+    gamma: float = 50.0
+    """Weight of an empty buffer against tokens."""
 
 
 class TokenFlowPolicy:
@@ -53,186 +53,271 @@ class TokenFlowPolicy:
 
     def __init__(self, params: TokenFlowParams | None = None) -> None:
         self.params = params or TokenFlowParams()
+        self._next_s = -math.inf
 
     def plan(self, view: View, now: float) -> Plan:
-        return _Pass(self.params, view, now).run()
+        plan = Plan()
+        running, free = self._make_room(view, view.running(), plan, now)
+        waiting = view.waiting()
+        preempted = view.tracker.rows(State.PREEMPTED)
+        if len(waiting) or self._critical(view, preempted, now):
+            if now >= self._next_s:
+                self._next_s = now + self.params.interval_s
+                running = self._reschedule(view, running, preempted, waiting, free, plan, now)
+        elif len(preempted):
+            self._resume_in_order(view, preempted, free, plan)
+        plan.batch = compose_batch(view, running, prefill_first=True)
+        return plan
 
+    # -- estimates ------------------------------------------------------------------------------
 
-class _Pass:
-    """One scheduling pass: a ledger of blocks, slots and host memory while the plan is made."""
+    def _load_s(self, view: View, rows: IntArray) -> FloatArray:
+        """Expected time until each is back by load: queues, eviction, load. [TokenFlow §4.2.3]"""
+        cost = view.cost
+        needs = view.blocks_needed(rows)
+        evict = cost.offload_s(view.offload_queue)
+        seconds: FloatArray = evict + cost.load_s(view.load_queue) + cost.load_s(1) * needs
+        return seconds
 
-    def __init__(self, params: TokenFlowParams, view: View, now: float) -> None:
-        self.p = params
-        self.view = view
-        self.now = now
-        self.plan = Plan()
-        self.running = list(view.running)
-        self.free = view.free_blocks
-        self.coming_free = view.releasing_blocks
-        """Blocks of earlier victims that are still being copied out."""
-        self.host_free = view.free_host_slots
-        self.parked = self._parked()
+    def _recompute_s(self, view: View, rows: IntArray) -> FloatArray:
+        seconds: FloatArray = view.cost.prefill_s(1) * view.tracker.context[rows]
+        return seconds
 
-    def run(self) -> Plan:
-        self._make_room_for_growth()
-        if self.view.waiting or self.view.preempted:
-            self._fill()
-        self.plan.batch = compose_batch(self.running, self.view.max_batch_tokens)
-        return self.plan
+    def _covers_switch(self, view: View, rows: IntArray, now: float) -> FloatArray:
+        """Whether each buffer covers being switched out: mu * r * (evict + load + schedule)."""
+        cost = view.cost
+        left = view.tracker.blocks[rows] - view.released_now(rows)
+        switch_s = cost.offload_s(1) * left + self._load_s(view, rows) + self.params.interval_s
+        covers: FloatArray = view.slack_s(rows, now) >= self.params.conservativeness * switch_s
+        return covers
 
-    def slack(self, seq: Sequence) -> float:
-        return seq.playback.slack_s(self.now)
-
-    # -- memory for the streams that are on the device ------------------------------------------
-
-    def _make_room_for_growth(self) -> None:
-        """Preempt the fullest streams until the others can take their next step."""
-        need = sum(self.view.growth(seq) for seq in self.running)
-        while need > self.free and len(self.running) > 1:
-            # Whoever was promised nothing, then the fullest buffer; among readers who have
-            # nothing, whoever came last waits.
-            victim = max(
-                self.running,
-                key=lambda s: (
-                    s.request_id in self.parked,
-                    0.0 if s.request_id in self.parked else max(self.slack(s), 0.0),
-                    s.arrival_s,
-                ),
-            )
-            need -= self.view.growth(victim)
-            self._preempt(victim)
-        self.free -= min(need, self.free)
-
-    def _preempt(self, victim: Sequence) -> None:
-        slots = self.view.slots_to_offload(victim)
-        how = Preempt.OFFLOAD if slots <= self.host_free else Preempt.RECOMPUTE
-        if how is Preempt.OFFLOAD:
-            self.host_free -= slots
-        released = self.view.released_now(victim, how)
-        self.free += released
-        self.coming_free += victim.num_blocks - released
-        self.running.remove(victim)
-        self.plan.preempt.append((victim, how))
-
-    # -- who comes onto the device --------------------------------------------------------------
-
-    def _fill(self) -> None:
-        on_device = len(self.running) + len(self.view.loading)
-        for seq, may_evict, surplus_only in self._candidates():
-            need = self.view.blocks_for(len(seq.tokens) + 1)
-            headroom = self._headroom() if on_device else 0
-            if on_device and not seq.output_ids and seq.request_id in self.parked:
-                # Begun, it would stall half-way; so it begins when it can also end.
-                headroom += self.view.blocks_for(seq.remaining_tokens)
-            has_slot = on_device < self.view.max_num_seqs
-            if has_slot and self.free - headroom >= need:
-                self.free -= need
-                on_device += 1
-                self._take(seq)
-                continue
-            if may_evict:
-                missing = need + headroom - self.free - self.coming_free
-                self._evict_for(seq, missing, not has_slot, surplus_only)
-            # Whoever is first in line keeps its place until the blocks are there.
-            break
-
-    def _take(self, seq: Sequence) -> None:
-        if seq.num_computed:
-            self.plan.resume.append(seq)
-        else:
-            self.plan.admit.append(seq)
-            self.running.append(seq)
-
-    def _headroom(self) -> int:
-        """Blocks left free so that the running streams can grow for a few steps."""
-        return self.view.blocks_for(len(self.running) * self.p.growth_steps)
-
-    def _candidates(self) -> Iterator[tuple[Sequence, bool, bool]]:
-        """(sequence, may displace others, only those with surplus), most urgent first."""
-
-        def by_slack(seqs: Iterable[Sequence]) -> list[Sequence]:
-            return sorted(seqs, key=lambda s: (self.slack(s), s.arrival_s))
-
-        promised = [s for s in self.view.preempted if s.request_id not in self.parked]
-        urgent = [s for s in promised if self.slack(s) <= self._resume_at(s)]
-        relaxed = [s for s in promised if self.slack(s) > self._resume_at(s)]
-        dropped = [s for s in self.view.waiting if s.output_ids]
-        fresh = [s for s in self.view.waiting if not s.output_ids]
-        for seq in by_slack(urgent):
-            yield seq, True, False
-        for seq in by_slack(dropped):
-            yield seq, seq.request_id not in self.parked, False
-        for seq in fresh:
-            yield seq, seq.request_id not in self.parked, False
-        for seq in by_slack(relaxed):
-            yield seq, True, True
-        for seq in self.view.preempted:
-            if seq.request_id in self.parked:
-                yield seq, False, False
-
-    def _resume_at(self, seq: Sequence) -> float:
-        return self.p.resume_slack_s + self.view.cost.load_s(self.view.blocks_for(len(seq.tokens)))
-
-    def _parked(self) -> frozenset[str]:
-        """Ids of the requests that came after the capacity was promised away. [TokenFlow §4.3]"""
-        view = self.view
-        groups = (view.running, view.preempted, view.offloading, view.loading, view.waiting)
-        everyone = [seq for group in groups for seq in group]
-        limit = self.p.load_factor * self._capacity()
-        if sum(seq.playback.rate for seq in everyone) <= limit:
-            return frozenset()
-        parked = set()
-        promised = 0.0
-        for seq in sorted(everyone, key=lambda s: s.arrival_s):
-            promised += seq.playback.rate
-            # The first one is served whatever it asks for.
-            if promised > limit and promised > seq.playback.rate:
-                parked.add(seq.request_id)
-        return frozenset(parked)
-
-    def _capacity(self) -> float:
-        """Gamma with as many streams decoding as memory holds."""
-        streams = [*self.view.running, *self.view.preempted]
-        if not streams:
-            return math.inf
-        mean_blocks = sum(self.view.blocks_for(len(s.tokens)) for s in streams) / len(streams)
-        fit = self.view.total_blocks / max(mean_blocks, 1.0)
-        return self.view.cost.capacity(min(fit, self.view.max_num_seqs))
-
-    # -- who leaves -----------------------------------------------------------------------------
-
-    def _evict_for(self, seq: Sequence, missing: int, needs_slot: bool, surplus_only: bool) -> None:
-        """Preempt the fullest streams until `missing` blocks are on their way, or nobody."""
-        chosen: list[Sequence] = []
-        for victim in self._victims_by_slack():
-            if missing <= 0 and (chosen or not needs_slot):
-                break
-            if not self._may_leave(victim, seq, surplus_only):
-                break
-            chosen.append(victim)
-            missing -= victim.num_blocks
-        if missing <= 0 and (chosen or not needs_slot):
-            for victim in chosen:
-                self._preempt(victim)
-
-    def _victims_by_slack(self) -> list[Sequence]:
-        settled = [
-            s
-            for s in self.running
-            if s.decoding and s.resident_tokens >= self.p.min_residency_tokens
-        ]
-        return sorted(settled, key=self.slack, reverse=True)
-
-    def _may_leave(self, victim: Sequence, newcomer: Sequence, surplus_only: bool) -> bool:
-        slack = self.slack(victim)
-        blocks = self.view.blocks_for(len(victim.tokens))
-        cost = self.view.cost
-        switch_s = cost.offload_s(blocks - victim.synced_blocks) + cost.load_s(blocks)
-        if slack <= max(self.p.victim_slack_s, self.p.conservativeness * switch_s):
+    def _critical(self, view: View, preempted: IntArray, now: float) -> bool:
+        """Whether a reader off the device will run dry before it could be back."""
+        if not len(preempted):
             return False
-        if surplus_only:
-            cap = self.p.useful_fraction * victim.params.max_tokens
-            if victim.playback.buffer(self.now) < cap:
-                return False
-        newcomer_slack = max(self.slack(newcomer), 0.0)
-        return slack >= newcomer_slack + self.p.margin_s
+        need_s = self._load_s(view, preempted) + self.params.interval_s
+        return bool((view.slack_s(preempted, now) < need_s).any())
+
+    def _utility(self, view: View, rows: IntArray, now: float) -> FloatArray:
+        """U = v * (t - t_overhead) and what an empty buffer adds: gamma * exp(-b). v counts useful
+        tokens only; b is the buffer after the overhead."""
+        tracker, p = view.tracker, self.params
+        running = tracker.state[rows] == tracker.code(State.RUNNING)
+        recompute = self._recompute_s(view, rows)
+        on_host = tracker.state[rows] == tracker.code(State.PREEMPTED)
+        back = np.where(on_host, np.minimum(self._load_s(view, rows), recompute), recompute)
+        overhead = np.where(running, 0.0, back)
+        on_device = view.running()
+        step_s = view.cost.step_s(max(len(on_device), 1), float(tracker.context[on_device].sum()))
+        speed = 1.0 / step_s if step_s > 0 else 1.0 / p.interval_s
+        slack = np.maximum(view.slack_s(rows, now), 0.0)
+        buffer = slack * tracker.rate[rows]
+        weight = token_weights(buffer, tracker.limit[rows])
+        tokens = weight * speed * np.maximum(p.interval_s - overhead, 0.0)
+        after = np.maximum(buffer - tracker.rate[rows] * overhead, 0.0)
+        utility: FloatArray = tokens + p.gamma * np.exp(-after)
+        return utility
+
+    # -- the two steps --------------------------------------------------------------------------
+
+    def _reschedule(
+        self,
+        view: View,
+        running: IntArray,
+        preempted: IntArray,
+        waiting: IntArray,
+        free: int,
+        plan: Plan,
+        now: float,
+    ) -> IntArray:
+        tracker = view.tracker
+        gone = {seq.row for seq, _ in plan.preempt}
+        active = np.setdiff1d(np.arange(len(tracker)), np.concatenate([waiting, list(gone)]))
+        promised = float(tracker.rate[active].sum())
+        kv_tokens = view.total_blocks * view.block_size
+        gamma = capacity(tracker, view.cost, kv_tokens, view.max_num_seqs)
+        if promised > gamma:
+            self._resume_in_order(view, preempted, free, plan)
+            return running
+        movable = running[self._movable(view, running, now)]
+        joining = self._joining(view, active, movable, waiting, gamma - promised)
+        return self._balance(view, running, movable, preempted, joining, free, plan, now)
+
+    def _movable(self, view: View, running: IntArray, now: float) -> FloatArray:
+        tracker = view.tracker
+        decoding = tracker.context[running] - tracker.computed[running] == 1
+        movable: FloatArray = decoding & self._covers_switch(view, running, now)
+        return movable
+
+    def _joining(
+        self, view: View, active: IntArray, movable: IntArray, waiting: IntArray, rate_left: float
+    ) -> IntArray:
+        """Waiting requests that enter the working set, in order of arrival."""
+        everyone = np.concatenate([active, waiting])
+        beta = float(view.blocks_needed(everyone).mean())
+        places = int(view.total_blocks / beta) - view.on_device() + len(movable)
+        joining = waiting[: max(places, 0)]
+        within = np.cumsum(view.tracker.rate[joining]) <= rate_left
+        # An empty device serves the first one whatever it asks for.
+        if not len(active) and len(within):
+            within[0] = True
+        return joining[within]
+
+    def _balance(
+        self,
+        view: View,
+        running: IntArray,
+        movable: IntArray,
+        preempted: IntArray,
+        joining: IntArray,
+        free: int,
+        plan: Plan,
+        now: float,
+    ) -> IntArray:
+        tracker = view.tracker
+        candidates = np.concatenate([movable, preempted, joining])
+        if not len(candidates):
+            return running
+        step_s = view.cost.step_s(len(running), float(tracker.context[running].sum()))
+        ahead = int(self.params.interval_s / step_s / view.block_size) + 1 if step_s > 0 else 1
+        fixed = len(running) - len(movable)
+        room = free + view.releasing_blocks + int(tracker.blocks[movable].sum()) - fixed * ahead
+        places = view.max_num_seqs - view.on_device() + len(movable)
+        needs = np.minimum(view.blocks_needed(candidates) + ahead, view.total_blocks)
+        utility = self._utility(view, candidates, now)
+        ranked = np.lexsort((-tracker.rate[candidates], -utility))
+        chosen = _pack(ranked, needs, utility, room, places)
+        if not chosen.any() and not len(running):
+            chosen[ranked[0]] = True
+        for row in movable[~chosen[: len(movable)]].tolist():
+            rows = np.array([row])
+            free += self._leave(view, rows, plan)
+        kept = np.concatenate(
+            [np.setdiff1d(running, movable), movable[chosen[: len(movable)]]]
+        )
+        kept = kept[np.argsort(tracker.entered[kept])]
+        return self._enter(view, kept, candidates, needs, chosen, ranked, len(movable), free, plan)
+
+    def _enter(
+        self,
+        view: View,
+        running: IntArray,
+        candidates: IntArray,
+        needs: IntArray,
+        chosen: FloatArray,
+        ranked: IntArray,
+        num_movable: int,
+        free: int,
+        plan: Plan,
+    ) -> IntArray:
+        """Bring the chosen ones on as far as blocks are free now; the rest comes next time."""
+        tracker = view.tracker
+        admitted = []
+        for i in ranked.tolist():
+            if i < num_movable or not chosen[i]:
+                continue
+            row = int(candidates[i])
+            need = int(needs[i])
+            if need > free and (len(running) or admitted or plan.resume):
+                continue
+            free -= need
+            seq = tracker.sequences[row]
+            rows = candidates[i : i + 1]
+            if seq.state is State.PREEMPTED:
+                if self._load_s(view, rows)[0] <= self._recompute_s(view, rows)[0] or not len(
+                    running
+                ):
+                    plan.resume.append(seq)
+                    continue
+                plan.drop.append(seq)
+            plan.admit.append(seq)
+            admitted.append(row)
+        return np.concatenate([running, np.array(admitted, np.int64)])
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def _make_room(
+        self, view: View, running: IntArray, plan: Plan, now: float
+    ) -> tuple[IntArray, int]:
+        """Preempt the fullest buffers until the others can take their next step."""
+        growth = view.growth(running)
+        need, free = int(growth.sum()), view.free_blocks
+        if need <= free:
+            return running, free - need
+        stays = np.ones(len(running), bool)
+        order = np.lexsort((view.tracker.arrival_s[running], view.slack_s(running, now)))[::-1]
+        for i in order[:-1].tolist():
+            if need <= free:
+                break
+            stays[i] = False
+            need -= int(growth[i])
+            free += self._leave(view, running[i : i + 1], plan)
+        return running[stays], max(free - need, 0)
+
+    def _leave(self, view: View, row: IntArray, plan: Plan) -> int:
+        """Preempt it, to the host if there is room; the blocks free at once."""
+        tracker = view.tracker
+        promised = sum(1 for _, how in plan.preempt if how is Preempt.OFFLOAD)
+        slots = int(view.slots_to_offload(row)[0]) + promised * view.blocks_for(
+            int(tracker.context.max())
+        )
+        seq = tracker.sequences[int(row[0])]
+        if slots <= view.free_host_slots:
+            plan.preempt.append((seq, Preempt.OFFLOAD))
+            return int(view.released_now(row)[0])
+        plan.preempt.append((seq, Preempt.RECOMPUTE))
+        return int(tracker.blocks[row[0]])
+
+    def _resume_in_order(self, view: View, preempted: IntArray, free: int, plan: Plan) -> None:
+        """First come, first served, as memory allows."""
+        tracker = view.tracker
+        order = preempted[np.lexsort((tracker.order[preempted], tracker.arrival_s[preempted]))]
+        places = view.max_num_seqs - view.on_device()
+        reserve = tracker.count(State.RUNNING)
+        for row, need in zip(order.tolist(), view.blocks_needed(order).tolist(), strict=True):
+            if places <= 0 or (need + reserve > free and (reserve or plan.resume)):
+                break
+            free -= need
+            places -= 1
+            plan.resume.append(tracker.sequences[row])
+
+
+def _pack(
+    ranked: IntArray, needs: IntArray, utility: FloatArray, room: int, places: int
+) -> FloatArray:
+    """Which entries to take: greedily in order, then with neighbours swapped near the first misfit
+    while the total utility rises."""
+    best, total, misfit = _greedy(ranked, needs, utility, room, places)
+    if misfit is None:
+        return best
+    order = ranked.copy()
+    for i in range(max(misfit - _SWAP_WINDOW, 0), min(misfit + _SWAP_WINDOW, len(order) - 1)):
+        order[i], order[i + 1] = order[i + 1], order[i]
+        taken, value, _ = _greedy(order, needs, utility, room, places)
+        if value > total + 1e-9:
+            best, total = taken, value
+        else:
+            order[i], order[i + 1] = order[i + 1], order[i]
+    return best
+
+
+def _greedy(
+    order: IntArray, needs: IntArray, utility: FloatArray, room: int, places: int
+) -> tuple[FloatArray, float, int | None]:
+    """Take entries in order as they fit; (taken, total utility, first place that did not fit)."""
+    taken = np.zeros(len(order), bool)
+    total = 0.0
+    misfit: int | None = None
+    for place, i in enumerate(order.tolist()):
+        if places <= 0:
+            break
+        if needs[i] <= room:
+            room -= int(needs[i])
+            places -= 1
+            taken[i] = True
+            total += float(utility[i])
+        elif misfit is None:
+            misfit = place
+        if room <= 0:
+            break
+    return taken, total, misfit

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from tokenflow.replicas.executor.base import KVLayout, ScheduledSequence, StepResult
+from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
 from tokenflow.replicas.simulator.hardware import StepCost
 
 TOKEN = 1
@@ -40,13 +40,14 @@ class _Channel:
         self._rate = bytes_per_s
         self._busy_until = 0.0
         self.bytes = 0
-        self.queue: deque[tuple[float, int]] = deque()
-        """(end, job id), in order of both."""
+        self.queue: deque[tuple[float, CopyDone]] = deque()
+        """(end, job), in order of time."""
 
     def add(self, job_id: int, size: int, now: float) -> None:
-        self._busy_until = max(self._busy_until, now) + size / self._rate
+        seconds = size / self._rate
+        self._busy_until = max(self._busy_until, now) + seconds
         self.bytes += size
-        self.queue.append((self._busy_until, job_id))
+        self.queue.append((self._busy_until, CopyDone(job_id, None, seconds)))
 
 
 class SimExecutor:
@@ -91,15 +92,15 @@ class SimExecutor:
         channel.add(self._jobs, len(pairs) * self.layout.block_bytes, self._clock.now)
         return self._jobs
 
-    def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:
+    def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         channels = (self._to_host, self._to_device)
         ends = [channel.queue[0][0] for channel in channels if channel.queue]
         if ends and min(ends) > self._clock.now and timeout_s > 0:
             self._clock.advance_to(min(min(ends), self._clock.now + timeout_s))
-        done: list[tuple[int, Exception | None]] = []
+        done: list[CopyDone] = []
         for channel in channels:
             while channel.queue and channel.queue[0][0] <= self._clock.now:
-                done.append((channel.queue.popleft()[1], None))
+                done.append(channel.queue.popleft()[1])
         return done
 
     def close(self) -> None:

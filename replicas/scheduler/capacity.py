@@ -1,0 +1,51 @@
+"""How many tokens per second the device can make for the requests it has, and who may claim them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.tracker import Tracker
+
+LOAD_FACTOR = 0.92
+"""Share of the capacity that may be promised to readers; the rest covers prefills and switches."""
+_FLOOR = 1.0
+"""Least reference rate, tokens/s: under any load, an agent makes progress."""
+
+
+def capacity(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int) -> float:
+    """Gamma, tokens/s: the rate at which the requests' remaining tokens can be made.
+
+    Contexts grow until a request ends, and long contexts leave room for fewer sequences at once. So
+    it is taken at the context that the average remaining token will be made at. Infinite while
+    nothing is known. [TokenFlow §4.3]
+    """
+    remaining = np.maximum(tracker.limit - tracker.generated, 1)
+    total = float(remaining.sum())
+    if total <= 0:
+        return math.inf
+    context = float((remaining * (tracker.context + remaining / 2)).sum()) / total
+    together = max(1.0, min(kv_tokens / context, len(tracker), max_num_seqs))
+    return cost.capacity(together, context)
+
+
+def reference_rate(
+    tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int
+) -> float | None:
+    """The rate, tokens/s, that each consumer who takes all it can get is to be served at: an equal
+    share of what the readers leave. None while the capacity is unknown.
+
+    It rises to what one stream can be given when there is headroom; under load it falls to a floor,
+    so that what such a stream has already got looks like a long buffer, and it makes room first.
+    """
+    everything = capacity(tracker, cost, kv_tokens, max_num_seqs)
+    count = int(np.count_nonzero(tracker.elastic))
+    if math.isinf(everything) or not count:
+        return None
+    readers = float(tracker.rate[~tracker.elastic].sum())
+    alone = cost.step_s(1, 0)
+    most = 1.0 / alone if alone > 0 else math.inf
+    return min(max((LOAD_FACTOR * everything - readers) / count, _FLOOR), most)

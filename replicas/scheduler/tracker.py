@@ -1,0 +1,214 @@
+"""The request tracker: every active request as one row of a structure of arrays.
+
+The engine owns it and brings changed rows up to date before each plan; policies read it. A row is
+a request's place only between two removals: the last row moves into the gap of a removed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenflow.replicas.request import Sequence, State
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+CODES = {state: code for code, state in enumerate(State)}
+
+# Columns that change while a request lives, and where they come from.
+_INTS = {
+    "computed": "num_computed",
+    "blocks": "num_blocks",
+    "synced": "synced_blocks",
+    "resident": "resident_tokens",
+    "entered": "entered",
+}
+
+
+class Tracker:
+    """Columns over the active requests, each of shape [len(tracker)]; do not write to them."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        self.sequences: list[Sequence] = []
+        self._columns: dict[str, NDArray[np.generic]] = {}
+        for name, dtype in {
+            "order": np.int64,
+            "arrival_s": np.float64,
+            "prompt": np.int64,
+            "limit": np.int64,
+            "elastic": np.bool_,
+            "rate": np.float64,
+            "due_s": np.float64,
+            "generated": np.int64,
+            "state": np.int8,
+            "slots": np.int64,
+            **dict.fromkeys(_INTS, np.int64),
+        }.items():
+            self._columns[name] = np.zeros(capacity, dtype)
+        self._added = 0
+        self._changed: dict[Sequence, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    # -- the engine's side ----------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        """A new row for `seq`."""
+        row = len(self.sequences)
+        if row == len(self._columns["state"]):
+            for name, column in self._columns.items():
+                self._columns[name] = np.concatenate([column, np.zeros_like(column)])
+        self.sequences.append(seq)
+        seq.row = row
+        self._columns["order"][row] = self._added
+        self._columns["arrival_s"][row] = seq.arrival_s
+        self._columns["prompt"][row] = len(seq.prompt_ids)
+        self._columns["limit"][row] = seq.params.max_tokens
+        self._added += 1
+        self._changed[seq] = None
+
+    def remove(self, seq: Sequence) -> None:
+        """Drop the row of `seq`. Raises ValueError when it has none."""
+        row, last = seq.row, len(self.sequences) - 1
+        if not 0 <= row <= last or self.sequences[row] is not seq:
+            raise ValueError(f"{seq.request_id} is not tracked")
+        if row != last:
+            for column in self._columns.values():
+                column[row] = column[last]
+            self.sequences[row] = self.sequences[last]
+            self.sequences[row].row = row
+        del self.sequences[last]
+        seq.row = -1
+        self._changed.pop(seq, None)
+
+    def touch(self, seq: Sequence) -> None:
+        """`seq` has changed; its row follows at the next `refresh`."""
+        self._changed[seq] = None
+
+    def refresh(self) -> None:
+        """Bring the rows of touched sequences up to date."""
+        seqs = self._changed
+        if not seqs:
+            return
+        n = len(seqs)
+        rows = np.fromiter(map(attrgetter("row"), seqs), np.int64, n)
+        columns = self._columns
+        for name, attribute in _INTS.items():
+            columns[name][rows] = np.fromiter(map(attrgetter(attribute), seqs), np.int64, n)
+        columns["generated"][rows] = [len(seq.output_ids) for seq in seqs]
+        columns["slots"][rows] = [len(seq.host_slots) for seq in seqs]
+        columns["state"][rows] = [CODES[seq.state] for seq in seqs]
+        columns["elastic"][rows] = [seq.elastic for seq in seqs]
+        columns["rate"][rows] = [seq.playback.rate for seq in seqs]
+        columns["due_s"][rows] = [seq.playback.due_s for seq in seqs]
+        seqs.clear()
+
+    # -- the policies' side ---------------------------------------------------------------------
+
+    def _ints(self, name: str) -> IntArray:
+        column: IntArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
+        return column
+
+    def _floats(self, name: str) -> FloatArray:
+        column: FloatArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
+        return column
+
+    @property
+    def order(self) -> IntArray:
+        """The how-manieth request this engine was given."""
+        return self._ints("order")
+
+    @property
+    def arrival_s(self) -> FloatArray:
+        return self._floats("arrival_s")
+
+    @property
+    def rate(self) -> FloatArray:
+        """Reading speed, tokens/s."""
+        return self._floats("rate")
+
+    @property
+    def due_s(self) -> FloatArray:
+        """When the reader needs a token that does not exist yet; -inf before the first token."""
+        return self._floats("due_s")
+
+    @property
+    def elastic(self) -> BoolArray:
+        """Whether the consumer is no reader; its rate is then a reference that the engine moves."""
+        column: BoolArray = self._columns["elastic"][: len(self.sequences)]  # type: ignore[assignment]
+        return column
+
+    @property
+    def limit(self) -> IntArray:
+        """Most tokens it may generate in all."""
+        return self._ints("limit")
+
+    @property
+    def generated(self) -> IntArray:
+        """Tokens generated so far, those of another replica included."""
+        return self._ints("generated")
+
+    @property
+    def context(self) -> IntArray:
+        """Tokens known: prompt and output."""
+        return self._ints("prompt") + self._ints("generated")
+
+    @property
+    def computed(self) -> IntArray:
+        """Tokens whose KV exists."""
+        return self._ints("computed")
+
+    @property
+    def blocks(self) -> IntArray:
+        """Device blocks held."""
+        return self._ints("blocks")
+
+    @property
+    def synced(self) -> IntArray:
+        """Leading blocks whose copy on the host is complete."""
+        return self._ints("synced")
+
+    @property
+    def slots(self) -> IntArray:
+        """Host slots held."""
+        return self._ints("slots")
+
+    @property
+    def resident(self) -> IntArray:
+        """Tokens generated since it last came onto the device."""
+        return self._ints("resident")
+
+    @property
+    def entered(self) -> IntArray:
+        """The how-manieth entry onto the device was its last."""
+        return self._ints("entered")
+
+    @property
+    def state(self) -> NDArray[np.int8]:
+        """Codes of CODES."""
+        column: NDArray[np.int8] = self._columns["state"][: len(self.sequences)]  # type: ignore[assignment]
+        return column
+
+    @staticmethod
+    def code(state: State) -> int:
+        return CODES[state]
+
+    def rows(self, state: State) -> IntArray:
+        """Rows of the sequences in `state`, ascending."""
+        return np.flatnonzero(self.state == CODES[state])
+
+    def count(self, state: State) -> int:
+        return int(np.count_nonzero(self.state == CODES[state]))
+
+    def take(self, rows: Collection[int] | IntArray) -> list[Sequence]:
+        """The sequences of `rows`, in that order."""
+        sequences = self.sequences
+        if isinstance(rows, np.ndarray):
+            rows = rows.tolist()
+        return [sequences[row] for row in rows]
