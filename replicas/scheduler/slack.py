@@ -27,6 +27,12 @@ class SlackParams:
     hold: str = "stress"  # never, stress, always
     critical: str = "late"  # late, early, none
     kappa: float = 1.0
+    order: str = "limit"
+    rest: str = "slack"
+    relaxed: str = "slack"
+    min_room: int = 8
+    min_share: float = 0.25
+    sticky: float = 0.2
 
 
 class SlackPolicy:
@@ -39,7 +45,7 @@ class SlackPolicy:
         self.params = params or SlackParams()
 
     def plan(self, view: View, now: float) -> Plan:
-        return _Pass(self.params, view, now).run()
+        return globals()["_Pass"](self.params, view, now).run()
 
 
 class _Pass:
@@ -65,7 +71,8 @@ class _Pass:
         )
         self.parked = self._parked()
         self.useful = token_weights(self.buffer, tracker.limit) >= 1.0
-        self.useful |= self._critical()
+        self.sprint = self._critical()
+        self.useful |= self.sprint
         self.useful |= tracker.elastic
 
     def run(self) -> Plan:
@@ -83,15 +90,37 @@ class _Pass:
         return self.plan
 
     def _critical(self) -> BoolArray:
-        """Streams with so much left that, held, they would be the last ones and run alone."""
+        """Streams that take what capacity the readers leave, longest first: held, they would be the
+        last ones and run alone."""
+        tracker = self.tracker
+        sprint = np.zeros(len(tracker), bool)
         if self.p.critical == "none" or math.isinf(self.gamma):
-            return np.zeros(len(self.tracker), bool)
-        work_s = float(self.remaining.sum()) / self.gamma
-        if self.p.critical == "early":
-            return self.remaining / self.tracker.rate > work_s * self.p.kappa
-        context = self.tracker.context[self.running]
-        step_s = self.view.cost.step_s(len(context), float(context.sum()))
-        return self.remaining * step_s >= work_s * self.p.kappa
+            return sprint
+        if not len(self.running):
+            return sprint
+        cost = self.view.cost
+        kv = self.view.total_blocks * self.view.block_size
+        context = tracker.context
+        together = max(1.0, min(kv / float(context.mean()), len(tracker), self.view.max_num_seqs))
+        share = cost.step_s(0, 0) / together
+        per_seq = cost.step_s(1, 0) - cost.step_s(0, 0)
+        per_tok = (cost.step_s(0, 1e6) - cost.step_s(0, 0)) / 1e6
+        demand = float((tracker.rate * (share + per_seq + per_tok * context)).sum())
+        spare = self.p.kappa - demand
+        if spare <= 0:
+            return sprint
+        run = context[self.running]
+        step_s = cost.step_s(len(run), float(run.sum()))
+        ends = context + self.remaining
+        takes = np.maximum(1.0 / step_s - tracker.rate, 1e-3) * (share + per_seq + per_tok * ends)
+        if self.p.order == "limit":
+            order = np.argsort(-tracker.limit, kind="stable")
+        else:
+            resident = tracker.state == tracker.code(State.RUNNING)
+            order = np.argsort(-self.remaining * (1.0 + self.p.sticky * resident), kind="stable")
+        count = int(np.searchsorted(np.cumsum(takes[order]), spare))
+        sprint[order[:count]] = True
+        return sprint
 
     def _parked(self) -> BoolArray:
         tracker = self.tracker
@@ -164,25 +193,27 @@ class _Pass:
             fresh = tracker.generated[row] == 0
             if self.on_device and fresh and self.parked[row]:
                 headroom += view.blocks_for(int(self.remaining[row]))
-            has_place = self.on_device < view.max_num_seqs
-            if has_place and self.free - headroom >= need:
-                self.free -= need
-                self.on_device += 1
-                seq = tracker.sequences[row]
-                if seq.state is State.PREEMPTED:
-                    self.plan.resume.append(seq)
-                else:
-                    self.plan.admit.append(seq)
-                    admitted.append(row)
-                continue
-            if may_evict:
+            if not self._fits(need + headroom) and may_evict:
                 missing = need + headroom - self.free - self.coming_free
-                gone.update(self._evict_for(row, missing, not has_place, surplus_only))
-            break
+                full = self.on_device >= view.max_num_seqs
+                gone.update(self._evict_for(row, missing, full, surplus_only))
+            if not self._fits(need + headroom):
+                break
+            self.free -= need
+            self.on_device += 1
+            seq = tracker.sequences[row]
+            if seq.state is State.PREEMPTED:
+                self.plan.resume.append(seq)
+            else:
+                self.plan.admit.append(seq)
+                admitted.append(row)
         running = self.running
         if gone:
             running = running[~np.isin(running, list(gone))]
         self.running = np.concatenate([running, np.array(admitted, np.int64)])
+
+    def _fits(self, blocks: int) -> bool:
+        return self.on_device < self.view.max_num_seqs and self.free >= blocks
 
     def _candidates(self) -> tuple[IntArray, BoolArray, BoolArray]:
         tracker, view = self.tracker, self.view
@@ -190,21 +221,30 @@ class _Pass:
         parked = self.parked
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(pre)
         promised = ~parked[pre]
+        hungry = 0.1 * tracker.limit - self.buffer >= np.maximum(
+            self.p.min_room, self.p.min_share * 0.1 * tracker.limit
+        )
+        hungry |= self.sprint
         urgent = pre[promised & (self.slack[pre] <= resume_at)]
-        relaxed = pre[promised & (self.slack[pre] > resume_at)]
+        relaxed = pre[promised & (self.slack[pre] > resume_at) & hungry[pre]]
         begun = tracker.generated[wait] > 0
         dropped, fresh = wait[begun], wait[~begun]
-        rest = pre[~promised]
-        rest = rest[np.lexsort((-self.remaining[rest], tracker.order[rest]))]
+        rest = pre[~promised & hungry[pre]]
+        if self.p.rest == "fcfs":
+            rest = rest[np.lexsort((tracker.order[rest], tracker.arrival_s[rest]))]
+        elif self.p.rest == "slack":
+            rest = rest[np.argsort(self.slack[rest])]
+        else:
+            rest = rest[np.argsort(-self.remaining[rest], kind="stable")]
 
         def by_slack(rows: IntArray) -> IntArray:
             return rows[np.lexsort((tracker.arrival_s[rows], self.slack[rows]))]
 
-        groups = [by_slack(urgent), by_slack(dropped), fresh, by_slack(relaxed), rest]
+        relaxed = by_slack(relaxed) if self.p.relaxed == "slack" else relaxed[np.argsort(-self.remaining[relaxed], kind="stable")]
+        groups = [by_slack(urgent), by_slack(dropped), fresh, relaxed, rest]
         rows = np.concatenate(groups)
         evict = np.ones(len(rows), bool)
-        evict[parked[rows]] = False
-        surplus = np.zeros(len(rows), bool)
+        surplus = parked[rows].copy()
         start = len(urgent) + len(wait)
         surplus[start : start + len(relaxed)] = True
         return rows, evict, surplus
@@ -224,15 +264,15 @@ class _Pass:
         for victim in self._victims:
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if self.slack[victim] < newcomer + self.p.margin_s:
-                break
             if surplus_only and self.useful[victim]:
-                break
+                continue
+            if not surplus_only and self.useful[victim] and self.slack[victim] < newcomer + self.p.margin_s:
+                continue
             chosen.append(victim)
             missing -= int(self.tracker.blocks[victim])
         if missing <= 0 and (chosen or not needs_place):
-            del self._victims[: len(chosen)]
             for victim in chosen:
+                self._victims.remove(victim)
                 self._preempt(victim)
             return chosen
         return []
