@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenflow.loadgen.traces import TraceRow
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.simulator.hardware import GPUS, MODELS, GPU, ModelShape, Roofline
+from tokenflow.replicas.simulator.hardware import GPU, GPUS, MODELS, ModelShape, Roofline
 from tokenflow.replicas.simulator.run import Machine
 from tokenflow.replicas.simulator.settings import BLOCK_SIZE
 from tokenflow.replicas.simulator.workload import Arrival
@@ -70,10 +70,10 @@ class Replay:
         )
 
     def arrivals(
-        self, seed: int, rates: Seq[tuple[float, float]], duration_s: float
+        self, seed: int, rates: Seq[tuple[float, float]], duration_s: float | None
     ) -> list[Arrival]:
-        """The trace's requests; `rates` lists (tokens/s, weight). The rows are those of the
-        duration already."""
+        """The trace's requests; `rates` lists (tokens/s, weight). `duration_s` has already chosen
+        the rows."""
         rng = random.Random(seed)
         values = [rate for rate, _ in rates]
         weights = [weight for _, weight in rates]
