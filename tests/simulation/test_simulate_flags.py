@@ -103,6 +103,11 @@ def test_a_public_trace_under_less_memory():
     assert "burstgpt2_gpt4_894s_raw" in text and "tokenflow" in text
 
 
+def test_a_request_may_fill_the_memory(trace, tmp_path):
+    got = report(tmp_path, "--trace", trace(HEADER + "0,34000,624\n0,100,50\n"), *SMALL)
+    assert {r["figures"]["tokens"] for r in got["runs"]} == {674}
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
@@ -113,7 +118,7 @@ def test_a_public_trace_under_less_memory():
         (HEADER + "0,1,1\n1,1,0\n", 3, "output_tokens is '0'"),
         (HEADER + "nan,1,1\n", 2, "arrival_s is 'nan'"),
         (HEADER + "2,1,1\n1,1,1\n", 3, "sort"),
-        (HEADER + "0,1,1\n1,40000,1\n", 3, "40000 + 1 tokens does not fit into the 34624 KV"),
+        (HEADER + "0,1,1\n1,34000,625\n", 3, "34000 + 625 tokens does not fit into the 34624 KV"),
     ],
 )
 def test_bad_traces_are_one_sentence_with_file_and_line(trace, text, line, words, capsys):
