@@ -1,122 +1,217 @@
-"""`tokenflow simulate`: the paper's settings through the shipped engine, beside their bounds."""
+"""`tokenflow simulate`: the paper's settings, or a trace, through the shipped engine, beside their
+bounds."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from tokenflow.loadgen.traces import load_trace
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
+from tokenflow.replicas.scheduler.registry import POLICIES
+from tokenflow.replicas.simulator import plots
 from tokenflow.replicas.simulator.bounds import Bounds, bounds
-from tokenflow.replicas.simulator.run import Outcome, simulate
-from tokenflow.replicas.simulator.settings import SETTINGS
+from tokenflow.replicas.simulator.jobs import Job, Run, results
+from tokenflow.replicas.simulator.replay import Replay, parse_machine
+from tokenflow.replicas.simulator.settings import SETTINGS, Setting
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One policy on one setting with one seed."""
-
-    setting: str
-    policy: str
-    seed: int
-    bounds: Bounds
-    figures: dict[str, float]
+_SETTING: dict[str, Any] = {"setting": "rtx4090-a", "duration": 60.0}
+_TRACE: dict[str, Any] = {
+    "trace_start": 0.0,
+    "time_scale": 1.0,
+    "machine": "h200:qwen2.5-32b",
+    "memory_fraction": 0.9,
+}
+"""What flags are when they are not given: without a trace, and with one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `tokenflow simulate`."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--setting",
-        default="rtx4090-a",
         metavar="NAMES",
-        help=f"comma-separated, or all: {', '.join(SETTINGS)} (rtx4090-a)",
+        help=f"comma-separated, or all: {', '.join(SETTINGS)} ({_SETTING['setting']})",
     )
-    parser.add_argument(
+    add(
         "--policy",
         default="all",
         metavar="NAMES",
         help=f"comma-separated, or all: {', '.join(sorted(POLICIES))} (all)",
     )
-    parser.add_argument(
+    add(
         "--rates",
         default="20",
         metavar="R[@SHARE],...",
         help="reading speeds in tokens/s with their shares, as 15@0.4,20@0.6 (20)",
     )
-    parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs with seeds 1 to N (1)"
+    add("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
+    add("--seed-base", type=int, default=1, metavar="N", help="the first of them (1)")
+    add(
+        "--duration",
+        type=float,
+        metavar="S",
+        help=f"seconds of Poisson arrivals ({_SETTING['duration']:g}) or of the trace (all)",
     )
-    parser.add_argument(
-        "--duration", type=float, default=60.0, metavar="S", help="seconds of Poisson arrivals (60)"
+    add("--trace", metavar="FILE", help="replay the requests of this CSV file instead")
+    add(
+        "--trace-start",
+        type=float,
+        metavar="S",
+        help="from this second after its first row on (0)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write all figures to FILE")
+    add(
+        "--time-scale",
+        type=float,
+        metavar="X",
+        help="arrival times times X; 0.5 is twice the load (1)",
+    )
+    add(
+        "--machine",
+        metavar="GPU:MODEL",
+        help=f"what the trace is replayed on ({_TRACE['machine']})",
+    )
+    add(
+        "--memory-fraction",
+        type=float,
+        metavar="X",
+        help=f"of the GPU, for weights and KV ({_TRACE['memory_fraction']})",
+    )
+    add("--jobs", type=int, default=1, metavar="N", help="worker processes (1)")
+    add("--plots", metavar="DIR", help="also write plots of the first seed to DIR, as SVG")
+    add("--json", metavar="FILE", help="also write all figures to FILE")
 
 
 def run(args: argparse.Namespace, console: Console | None = None) -> int:
     """Raises ConfigError for unknown names and values that make no run."""
     console = console or Console(highlight=False)
-    settings = _names("--setting", args.setting, SETTINGS)
     policies = _names("--policy", args.policy, POLICIES)
     rates = parse_rates(args.rates)
     if args.seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}.")
-    if not 1 <= args.duration <= 86_400:
+    if args.seed_base < 0:
+        raise ConfigError(f"--seed-base must be at least 0, got {args.seed_base}.")
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {args.jobs}.")
+    if args.duration is not None and not 1 <= args.duration <= 86_400:
         raise ConfigError(f"--duration must be between 1 and 86400 s, got {args.duration}.")
+    cases = _cases(args, console)
+    folder = _plot_folder(args.plots) if args.plots else None
+    jobs = [
+        job
+        for case in cases
+        for seed in range(args.seed_base, args.seed_base + args.seeds)
+        for job in _jobs(case, policies, seed, rates, args, folder is not None)
+    ]
     runs: list[Run] = []
-    for name in settings:
-        setting = SETTINGS[name]
-        for seed in range(1, args.seeds + 1):
-            arrivals = setting.arrivals(seed, rates, args.duration)
-            if not arrivals:
-                raise ConfigError(f"{name}: no request arrives in {args.duration:g} s.")
-            limit = bounds(setting.machine(), arrivals)
-            for policy in policies:
-                outcome = simulate(setting.machine(), make_policy(policy), arrivals)
-                runs.append(Run(name, policy, seed, limit, figures(outcome)))
-        console.print(table(name, [r for r in runs if r.setting == name]))
+    with results(jobs, args.jobs) as finished:
+        for case in cases:
+            own: list[Run] = []
+            drawn: dict[str, plots.PlotData] = {}
+            for _ in range(args.seeds * len(policies)):
+                done, data = next(finished)
+                own.append(done)
+                if data is not None:
+                    drawn[done.policy] = data
+            console.print(table(case.name, own))
+            if folder is not None:
+                write_plots(folder, case.name, drawn, own[0].bounds)
+            runs += own
+    if folder is not None:
+        write_effective(folder / "effective.svg", runs)
     if args.json:
         write_json(args.json, args, runs)
     return 0
 
 
-def figures(outcome: Outcome) -> dict[str, float]:
-    """What is reported of a run."""
-    stats = outcome.stats
-    return {
-        **outcome.summary.to_dict(),
-        "preemptions": stats.preemptions,
-        "resumes": stats.resumes,
-        "recomputed_tokens": stats.recomputed_tokens,
-        "offloaded_bytes": stats.offloaded_bytes,
-        "loaded_bytes": stats.loaded_bytes,
-        "device_busy_s": outcome.busy_s,
-    }
+def _cases(args: argparse.Namespace, console: Console) -> list[Setting] | list[Replay]:
+    """What is to be run. Fills in the flags that were not given."""
+    if args.trace is None:
+        for name in _TRACE:
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} needs --trace.")
+    elif args.setting is not None:
+        raise ConfigError("--setting and --trace exclude each other; leave one out.")
+    for name, default in (_SETTING if args.trace is None else _TRACE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.trace is None:
+        return [SETTINGS[name] for name in _names("--setting", args.setting, SETTINGS)]
+    if not 0 < args.memory_fraction <= 1:
+        raise ConfigError(
+            f"--memory-fraction must be above 0 and at most 1, got {args.memory_fraction}."
+        )
+    gpu, model = parse_machine(args.machine)
+    trace = load_trace(
+        args.trace,
+        start_s=args.trace_start,
+        duration_s=math.inf if args.duration is None else args.duration,
+        time_scale=args.time_scale,
+    )
+    replay = Replay(args.trace, trace.rows, gpu, model, args.memory_fraction)
+    console.print(
+        f"{len(trace.rows)} requests of {args.trace} ({trace.failed} that failed are left out) "
+        f"on {gpu.name} with {model.name}: {replay.machine().kv_tokens} KV tokens",
+        markup=False,
+    )
+    return [replay]
+
+
+def _jobs(
+    case: Setting | Replay,
+    policies: Seq[str],
+    seed: int,
+    rates: Seq[tuple[float, float]],
+    args: argparse.Namespace,
+    plotted: bool,
+) -> list[Job]:
+    """The runs of a case with one seed; those of the first are plotted."""
+    arrivals = case.arrivals(seed, rates, args.duration)
+    if not arrivals:
+        raise ConfigError(f"{case.name}: no request arrives in {args.duration:g} s.")
+    machine = case.machine()
+    limit = bounds(machine, arrivals)
+    first = seed == args.seed_base
+    return [
+        Job(case.name, policy, seed, machine, arrivals, limit, plotted and first)
+        for policy in policies
+    ]
 
 
 def table(title: str, runs: Seq[Run]) -> Table:
     """The policies of one setting, means over the seeds, each with its fraction of the bound."""
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("")
-    for heading in ("effective tok/s", "raw tok/s", "TTFT mean, s", "TTFT P99, s", "dry, s"):
-        shown.add_column(heading, justify="right")
-    shown.add_column("preemptions", justify="right")
+    shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    spread = len({r.seed for r in runs}) > 1
+    headings = ["effective\ntok/s", "raw\ntok/s", "TTFT\nmean, s", "TTFT\nP99, s"]
+    headings += ["dry,\nall, s", "dry,\nP99, s", "preemp-\ntions"]
+    if spread:
+        headings.insert(1, "effective\nmin-max")
+    for heading in ("", *headings):
+        shown.add_column(heading, justify="right" if heading else "left")
     limits = [r.bounds for r in runs]
     shown.add_row(
         "bound",
         f"{mean(b.effective_tok_s for b in limits):.0f}",
+        *([""] if spread else []),
         f"{mean(b.raw_tok_s for b in limits):.0f}",
         f"{mean(b.ttft_mean_s for b in limits):.2f}",
         f"{mean(b.ttft_p99_s for b in limits):.2f}",
         "0",
-        "",
+        "0",
         end_section=True,
     )
     for policy in dict.fromkeys(r.policy for r in runs):
@@ -127,16 +222,53 @@ def table(title: str, runs: Seq[Run]) -> Table:
 
         effective = mean(r.figures["effective_tok_s"] / r.bounds.effective_tok_s for r in own)
         raw = mean(r.figures["raw_tok_s"] / r.bounds.raw_tok_s for r in own)
+        seen = [r.figures["effective_tok_s"] for r in own]
         shown.add_row(
             policy,
             f"{average('effective_tok_s'):.0f} ({effective:.2f})",
+            *([f"{min(seen):.0f}-{max(seen):.0f}"] if spread else []),
             f"{average('raw_tok_s'):.0f} ({raw:.2f})",
             f"{average('ttft_mean_s'):.2f}",
             f"{average('ttft_p99_s'):.2f}",
             f"{average('stall_s'):.0f}",
+            f"{average('stall_p99_s'):.1f}",
             f"{average('preemptions'):.0f}",
         )
     return shown
+
+
+def _plot_folder(name: str) -> Path:
+    """The folder, made when missing, before anything is run. Raises ConfigError."""
+    plots.check()
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--plots: cannot make {name}: {error.strerror}.") from None
+    return folder
+
+
+def write_plots(folder: Path, name: str, runs: dict[str, plots.PlotData], limit: Bounds) -> None:
+    """The plots of one setting. Raises ConfigError when they cannot be written."""
+    plots.ttft(folder / f"{name}-ttft.svg", name, runs, limit.ttft_p99_s)
+    plots.queue(folder / f"{name}-queue.svg", name, runs)
+    plots.timelines(folder / f"{name}-timelines.svg", name, runs)
+
+
+def write_effective(path: Path, runs: Seq[Run]) -> None:
+    """The effective throughput of all settings, means over the seeds. Raises ConfigError when it
+    cannot be written."""
+    groups: dict[str, dict[str, plots.Bar]] = {}
+    limits = {}
+    for setting in dict.fromkeys(r.setting for r in runs):
+        own = [r for r in runs if r.setting == setting]
+        limits[setting] = mean(r.bounds.effective_tok_s for r in own)
+        groups[setting] = {}
+        for policy in dict.fromkeys(r.policy for r in own):
+            seen = [r.figures["effective_tok_s"] for r in own if r.policy == policy]
+            raw = mean(r.figures["raw_tok_s"] for r in own if r.policy == policy)
+            groups[setting][policy] = plots.Bar(mean(seen), min(seen), max(seen), raw)
+    plots.effective(path, groups, limits)
 
 
 def parse_rates(text: str) -> list[tuple[float, float]]:
@@ -156,11 +288,24 @@ def parse_rates(text: str) -> list[tuple[float, float]]:
 
 def write_json(path: str, args: argparse.Namespace, runs: Seq[Run]) -> None:
     """All runs with what made them. Raises ConfigError when the file cannot be written."""
+    arguments = {
+        key: getattr(args, key)
+        for key in ("setting", "trace", "policy", "rates", "duration", *_TRACE)
+    }
+    if args.trace is not None:
+        arguments["trace"] = Path(args.trace).name
     report: dict[str, Any] = {
-        "arguments": {
-            key: getattr(args, key) for key in ("setting", "policy", "rates", "seeds", "duration")
+        "arguments": arguments,
+        "seeds": sorted({r.seed for r in runs}),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
         },
-        "python": platform.python_version(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("tokenflow-serve", "numpy")},
+        },
         "runs": [asdict(r) for r in runs],
     }
     try:
