@@ -28,6 +28,7 @@ class SlackParams:
     critical: str = "late"  # late, early, none
     kappa: float = 1.0
     order: str = "limit"
+    late: float = 1.0
     rest: str = "slack"
     relaxed: str = "slack"
     min_room: int = 8
@@ -72,6 +73,8 @@ class _Pass:
         self.parked = self._parked()
         self.useful = token_weights(self.buffer, tracker.limit) >= 1.0
         self.sprint = self._critical()
+        self.late = self._late()
+        self.sprint |= self.late
         self.useful |= self.sprint
         self.useful |= tracker.elastic
 
@@ -121,6 +124,16 @@ class _Pass:
         count = int(np.searchsorted(np.cumsum(takes[order]), spare))
         sprint[order[:count]] = True
         return sprint
+
+    def _late(self) -> BoolArray:
+        tracker = self.tracker
+        if not len(self.running) or math.isinf(self.gamma) or self.p.late <= 0:
+            return np.zeros(len(tracker), bool)
+        run = tracker.context[self.running]
+        step_s = self.view.cost.step_s(len(run), float(run.sum()))
+        work_s = float(self.remaining.sum()) / self.gamma
+        late: BoolArray = self.remaining * step_s * self.p.late >= work_s
+        return late
 
     def _parked(self) -> BoolArray:
         tracker = self.tracker
@@ -226,10 +239,11 @@ class _Pass:
         )
         hungry |= self.sprint
         urgent = pre[promised & (self.slack[pre] <= resume_at)]
-        relaxed = pre[promised & (self.slack[pre] > resume_at) & hungry[pre]]
+        relaxed = pre[promised & (self.slack[pre] > resume_at) & hungry[pre] & ~self.late[pre]]
+        late = pre[self.late[pre] & ~(promised & (self.slack[pre] <= resume_at))]
         begun = tracker.generated[wait] > 0
         dropped, fresh = wait[begun], wait[~begun]
-        rest = pre[~promised & hungry[pre]]
+        rest = pre[~promised & hungry[pre] & ~self.late[pre]]
         if self.p.rest == "fcfs":
             rest = rest[np.lexsort((tracker.order[rest], tracker.arrival_s[rest]))]
         elif self.p.rest == "slack":
@@ -241,11 +255,12 @@ class _Pass:
             return rows[np.lexsort((tracker.arrival_s[rows], self.slack[rows]))]
 
         relaxed = by_slack(relaxed) if self.p.relaxed == "slack" else relaxed[np.argsort(-self.remaining[relaxed], kind="stable")]
-        groups = [by_slack(urgent), by_slack(dropped), fresh, relaxed, rest]
+        groups = [by_slack(urgent), by_slack(dropped), fresh, late, relaxed, rest]
         rows = np.concatenate(groups)
         evict = np.ones(len(rows), bool)
         surplus = parked[rows].copy()
-        start = len(urgent) + len(wait)
+        start = len(urgent) + len(wait) + len(late)
+        surplus[len(urgent) + len(wait) : start] = False
         surplus[start : start + len(relaxed)] = True
         return rows, evict, surplus
 
@@ -260,11 +275,11 @@ class _Pass:
             settled = running[decoding & (tracker.resident[running] >= self.p.min_residency_tokens)]
             order = settled[np.argsort(-self.slack[settled], kind="stable")]
             self._victims = order[self._may_leave(order)].tolist()
-        newcomer = max(float(self.slack[row]), 0.0)
+        newcomer = 0.0 if self.late[row] else max(float(self.slack[row]), 0.0)
         for victim in self._victims:
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if surplus_only and self.useful[victim]:
+            if self.late[victim] or surplus_only and self.useful[victim]:
                 continue
             if not surplus_only and self.useful[victim] and self.slack[victim] < newcomer + self.p.margin_s:
                 continue
