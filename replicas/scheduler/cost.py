@@ -68,7 +68,7 @@ class CostModel:
         """Copying `blocks` blocks to the device took that long, without queueing."""
         self._load.add(seconds / max(blocks, 1), max(blocks, 1))
 
-    def _line(self) -> tuple[float, float, float]:
+    def step_terms(self) -> tuple[float, float, float]:
         """(seconds per step, per sequence, per context token), none below 0."""
         if self._coefficients is None:
             self._coefficients = _fit(self._gram, self._moment)
@@ -76,7 +76,7 @@ class CostModel:
 
     def step_s(self, decodes: float, context_tokens: float, prefill_tokens: int = 0) -> float:
         """Predicted duration of a step."""
-        fixed, per_sequence, per_token = self._line()
+        fixed, per_sequence, per_token = self.step_terms()
         seconds = fixed + per_sequence * decodes + per_token * context_tokens
         return seconds + self.prefill_s(prefill_tokens)
 

@@ -12,6 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+FULL_WEIGHT_SHARE = 0.1
+"""A token counts in full while the buffer is within this share of the output. [TokenFlow §7.1.3]"""
 STALL_EPSILON_S = 1e-3
 """Gaps shorter than this are not counted as stalls (their seconds still are)."""
 
@@ -90,7 +92,7 @@ def token_weight(buffer: float, output_tokens: int) -> float:
 
     1 up to 10 % of the output length, falling linearly to 0 at 20 %. [TokenFlow §7.1.3]
     """
-    low = 0.1 * output_tokens
+    low = FULL_WEIGHT_SHARE * output_tokens
     if buffer <= low:
         return 1.0
     return max(0.0, 2.0 - buffer / low) if low > 0 else 0.0
@@ -100,7 +102,7 @@ def token_weights(
     buffers: NDArray[np.float64], output_tokens: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """`token_weight` over arrays of the same shape."""
-    low = np.maximum(0.1 * output_tokens, 1e-9)
+    low = np.maximum(FULL_WEIGHT_SHARE * output_tokens, 1e-9)
     return np.clip(2.0 - buffers / low, 0.0, 1.0)
 
 

@@ -47,6 +47,11 @@ class View:
     """Token budget of one step."""
     cost: CostModel
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that the device holds."""
+        return self.total_blocks * self.block_size
+
     def waiting(self) -> IntArray:
         """Rows without KV anywhere, in order of arrival."""
         rows = self.tracker.rows(State.WAITING)

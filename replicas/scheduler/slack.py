@@ -1,4 +1,24 @@
-"""Buffer-aware preemption by slack. (working version)"""
+"""Slack: the device goes to the readers who will run dry first, and is never left half empty.
+
+A stream's slack is the time until its reader needs a token that does not exist yet. A stream with
+much slack can leave the device unnoticed; the memory it frees gives a late request its first token.
+The rules, in seconds rather than tokens so that they hold for every rate:
+
+1. A stream comes back when its slack falls to `resume_slack_s` plus the time its load takes. It may
+   then take the place of one that has more than `victim_slack_s`, covers its own switch twice over
+   and is `margin_s` better off (without that hysteresis streams chase each other off the device).
+2. While anybody is off the device, a stream is *held*, out of the batch, once its buffer covers a
+   tenth of its output: what comes then is worth less to its reader than what another could be
+   given. Anyone who lacks `refill` of that buffer may take the place of a held stream.
+3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
+   with so much left that it would end alone, after all others, runs first (*late*). Otherwise the
+   last seconds of a burst are spent on a handful of streams.
+4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
+   beyond are *parked*: they run on what the promised ones leave and are first to make room.
+
+Consumers that are no readers are never held; their rate is a reference that the engine moves with
+the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules are ours]
+"""
 
 from __future__ import annotations
 
@@ -9,7 +29,7 @@ import numpy as np
 
 from tokenflow.replicas.request import State
 from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity
-from tokenflow.replicas.scheduler.playback import token_weights
+from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
@@ -21,19 +41,15 @@ class SlackParams:
     resume_slack_s: float = 1.0
     victim_slack_s: float = 2.0
     margin_s: float = 1.0
-    min_residency_tokens: int = 8
-    growth_steps: int = 8
+    refill: float = 0.25
+    """Share of the useful buffer that must be missing before a stream displaces a held one."""
+    late_margin: float = 1.5
+    """A stream is late when this many times its own remaining steps outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
-    hold: str = "stress"  # never, stress, always
-    critical: str = "late"  # late, early, none
-    kappa: float = 1.0
-    order: str = "limit"
-    late: float = 1.0
-    rest: str = "slack"
-    relaxed: str = "slack"
-    min_room: int = 8
-    min_share: float = 0.25
-    sticky: float = 0.2
+    min_residency_tokens: int = 8
+    """Tokens a stream generates on the device before it can be a victim again."""
+    growth_steps: int = 8
+    """Steps of growth of the running streams that an admission leaves free."""
 
 
 class SlackPolicy:
@@ -46,123 +62,121 @@ class SlackPolicy:
         self.params = params or SlackParams()
 
     def plan(self, view: View, now: float) -> Plan:
-        return globals()["_Pass"](self.params, view, now).run()
+        return _Pass(self.params, view, now).run()
+
+
+class _Outlook:
+    """What each stream needs, from the present state alone. Arrays over all rows."""
+
+    def __init__(self, params: SlackParams, view: View, running: IntArray, now: float) -> None:
+        tracker = view.tracker
+        self.slack: FloatArray = tracker.due_s - now
+        self.remaining: IntArray = tracker.limit - tracker.generated
+        useful = FULL_WEIGHT_SHARE * tracker.limit
+        room = useful - np.maximum(self.slack, 0.0) * tracker.rate
+        self.hungry: BoolArray = room >= params.refill * useful
+        """Lacks enough of its useful buffer to be worth a switch."""
+        self.gains: BoolArray = room > 0
+        """Its next token counts in full."""
+        self.late: BoolArray = np.zeros(len(tracker), bool)
+        self.parked: BoolArray = self.late
+        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        if math.isinf(gamma):
+            return
+        self._park(params, view, gamma)
+        if len(running):
+            self._look_ahead(params, view, running, gamma)
+
+    def _park(self, params: SlackParams, view: View, gamma: float) -> None:
+        """Rule 4. [TokenFlow §4.3]"""
+        tracker = view.tracker
+        rates = np.where(tracker.elastic, 0.0, tracker.rate)
+        limit = params.load_factor * gamma
+        if rates.sum() <= limit:
+            return
+        order = np.lexsort((tracker.order, tracker.arrival_s))
+        self.parked = np.zeros(len(tracker), bool)
+        self.parked[order] = np.cumsum(rates[order]) > limit
+        # The first one is served whatever it asks for.
+        self.parked[order[0]] = False
+
+    def _look_ahead(self, p: SlackParams, view: View, running: IntArray, gamma: float) -> None:
+        """Rule 3: who runs ahead of its reader, and who is late."""
+        tracker, cost, context = view.tracker, view.cost, view.tracker.context
+        fixed, per_sequence, per_token = cost.step_terms()
+        on_device = context[running]
+        step_s = fixed + per_sequence * len(running) + per_token * float(on_device.sum())
+        if step_s <= 0:
+            return
+        # Device seconds per token of a stream: its share of a full step.
+        mean = float(context.mean())
+        together = max(1.0, min(view.kv_tokens / mean, len(tracker), view.max_num_seqs))
+        base = fixed / together + per_sequence
+        rate = tracker.rate
+        spare = 1.0 - float((rate * (base + per_token * context)).sum())
+        ahead: BoolArray = np.zeros(len(tracker), bool)
+        if spare > 0:
+            ends = context + self.remaining
+            takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
+            longest = np.argsort(-tracker.limit, kind="stable")
+            ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
+        alone_s = self.remaining * step_s
+        work_s = float(self.remaining.sum()) / gamma
+        ahead |= alone_s >= work_s
+        entitled = ahead | self.hungry
+        entitled[running] |= self.gains[running]
+        self.late = entitled & (alone_s * p.late_margin >= work_s)
+        self.hungry |= ahead
+        self.gains |= ahead
 
 
 class _Pass:
-    """One scheduling pass: a ledger of blocks, slots and host memory while the plan is made."""
+    """One scheduling pass: a ledger of blocks, places and host slots while the plan is made."""
 
     def __init__(self, params: SlackParams, view: View, now: float) -> None:
         self.p = params
         self.view = view
-        self.tracker = tracker = view.tracker
+        self.tracker = view.tracker
         self.plan = Plan()
         self.running = view.running()
         self.waiting = view.waiting()
-        self.preempted = tracker.rows(State.PREEMPTED)
+        self.preempted = view.tracker.rows(State.PREEMPTED)
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
+        """Blocks of earlier victims that are still being copied out."""
         self.host_free = view.free_host_slots
-        self.slack = tracker.due_s - now
-        self.remaining = tracker.limit - tracker.generated
-        self.buffer = np.maximum(self.slack, 0.0) * tracker.rate
-        self.gamma = capacity(
-            tracker, view.cost, view.total_blocks * view.block_size, view.max_num_seqs
-        )
-        self.parked = self._parked()
-        self.useful = token_weights(self.buffer, tracker.limit) >= 1.0
-        self.sprint = self._critical()
-        self.late = self._late()
-        self.sprint |= self.late
-        self.useful |= self.sprint
-        self.useful |= tracker.elastic
+        self.outlook = _Outlook(params, view, self.running, now)
 
     def run(self) -> Plan:
         self._make_room_for_growth()
-        stress = len(self.waiting) or len(self.preempted)
-        if stress:
-            self._fill()
         rows = self.running
-        if self.p.hold == "always" or (self.p.hold == "stress" and stress):
-            pending = self.tracker.context[rows] - self.tracker.computed[rows]
-            keep = self.useful[rows] | (pending > 1)
-            if keep.any():
-                rows = rows[keep]
+        if len(self.waiting) or len(self.preempted):
+            self._fill()
+            rows = self._unheld(self.running)
         self.plan.batch = compose_batch(self.view, rows)
         return self.plan
 
-    def _critical(self) -> BoolArray:
-        """Streams that take what capacity the readers leave, longest first: held, they would be the
-        last ones and run alone."""
+    def _unheld(self, rows: IntArray) -> IntArray:
+        """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        sprint = np.zeros(len(tracker), bool)
-        if self.p.critical == "none" or math.isinf(self.gamma):
-            return sprint
-        if not len(self.running):
-            return sprint
-        cost = self.view.cost
-        kv = self.view.total_blocks * self.view.block_size
-        context = tracker.context
-        together = max(1.0, min(kv / float(context.mean()), len(tracker), self.view.max_num_seqs))
-        share = cost.step_s(0, 0) / together
-        per_seq = cost.step_s(1, 0) - cost.step_s(0, 0)
-        per_tok = (cost.step_s(0, 1e6) - cost.step_s(0, 0)) / 1e6
-        demand = float((tracker.rate * (share + per_seq + per_tok * context)).sum())
-        spare = self.p.kappa - demand
-        if spare <= 0:
-            return sprint
-        run = context[self.running]
-        step_s = cost.step_s(len(run), float(run.sum()))
-        ends = context + self.remaining
-        takes = np.maximum(1.0 / step_s - tracker.rate, 1e-3) * (share + per_seq + per_tok * ends)
-        if self.p.order == "limit":
-            order = np.argsort(-tracker.limit, kind="stable")
-        else:
-            resident = tracker.state == tracker.code(State.RUNNING)
-            order = np.argsort(-self.remaining * (1.0 + self.p.sticky * resident), kind="stable")
-        count = int(np.searchsorted(np.cumsum(takes[order]), spare))
-        sprint[order[:count]] = True
-        return sprint
+        prefilling = tracker.context[rows] - tracker.computed[rows] > 1
+        runs = self.outlook.gains[rows] | prefilling | tracker.elastic[rows]
+        return rows[runs] if runs.any() else rows
 
-    def _late(self) -> BoolArray:
-        tracker = self.tracker
-        if not len(self.running) or math.isinf(self.gamma) or self.p.late <= 0:
-            return np.zeros(len(tracker), bool)
-        run = tracker.context[self.running]
-        step_s = self.view.cost.step_s(len(run), float(run.sum()))
-        work_s = float(self.remaining.sum()) / self.gamma
-        late: BoolArray = self.remaining * step_s * self.p.late >= work_s
-        return late
-
-    def _parked(self) -> BoolArray:
-        tracker = self.tracker
-        limit = self.p.load_factor * self.gamma
-        rates = np.where(tracker.elastic, 0.0, tracker.rate)
-        if rates.sum() <= limit:
-            return np.zeros(len(tracker), bool)
-        order = np.lexsort((tracker.order, tracker.arrival_s))
-        promised = np.cumsum(rates[order])
-        parked = np.zeros(len(tracker), bool)
-        parked[order] = promised > limit
-        parked[order[0]] = False
-        return parked
-
-    # -- memory for the streams that are on the device ------------------------------------------
+    # -- who leaves -----------------------------------------------------------------------------
 
     def _make_room_for_growth(self) -> None:
+        """Preempt the fullest streams until the others can take their next step."""
         running = self.running
         growth = self.view.growth(running)
         need = int(growth.sum())
         if need > self.free:
-            parked = self.parked[running]
-            order = np.lexsort(
-                (
-                    self.tracker.arrival_s[running],
-                    np.where(parked, 0.0, np.maximum(self.slack[running], 0.0)),
-                    parked,
-                )
-            )[::-1]
+            # Whoever was promised nothing, then the fullest buffer; among readers who have
+            # nothing, whoever came last waits.
+            parked = self.outlook.parked[running]
+            buffered = np.where(parked, 0.0, np.maximum(self.outlook.slack[running], 0.0))
+            order = np.lexsort((self.tracker.arrival_s[running], buffered, parked))[::-1]
             stays = np.ones(len(running), bool)
             for i in order[:-1].tolist():
                 if need <= self.free:
@@ -187,30 +201,71 @@ class _Pass:
         self.on_device -= 1
         self.plan.preempt.append((self.tracker.sequences[row], how))
 
+    def _victims(self) -> list[int]:
+        """Streams that can leave unnoticed, the most slack first."""
+        rows, tracker, cost = self.running, self.tracker, self.view.cost
+        blocks = tracker.blocks[rows]
+        unsynced = blocks - self.view.released_now(rows)
+        switch_s = cost.offload_s(1) * unsynced + cost.load_s(1) * blocks
+        slack = self.outlook.slack[rows]
+        leaves = slack > np.maximum(self.p.victim_slack_s, 2 * switch_s)
+        leaves &= tracker.context[rows] - tracker.computed[rows] == 1
+        leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
+        leaves &= ~self.outlook.late[rows]
+        rows, slack = rows[leaves], slack[leaves]
+        victims: list[int] = rows[np.argsort(-slack, kind="stable")].tolist()
+        return victims
+
+    def _evict_for(self, row: int, blocks: int, only_held: bool, victims: list[int]) -> list[int]:
+        """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
+        missing = blocks - self.free - self.coming_free
+        needs_place = self.on_device >= self.view.max_num_seqs
+        slack, gains = self.outlook.slack, self.outlook.gains
+        floor = self.p.margin_s
+        if not self.outlook.late[row]:
+            floor += max(float(slack[row]), 0.0)
+        chosen: list[int] = []
+        for victim in victims:
+            if missing <= 0 and (chosen or not needs_place):
+                break
+            if gains[victim] and (only_held or slack[victim] < floor):
+                continue
+            chosen.append(victim)
+            missing -= int(self.tracker.blocks[victim])
+        if missing > 0 or (needs_place and not chosen):
+            return []
+        for victim in chosen:
+            victims.remove(victim)
+            self._preempt(victim)
+        return chosen
+
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
-        view, tracker = self.view, self.tracker
-        candidates, evict, surplus = self._candidates()
+        candidates, only_held = self._candidates()
         if not len(candidates):
             return
-        needs = view.blocks_needed(candidates).tolist()
-        self._victims: list[int] | None = None
-        admitted = []
+        view, tracker = self.view, self.tracker
+        needs = view.blocks_needed(candidates)
+        victims: list[int] | None = None
         gone: set[int] = set()
-        for row, need, may_evict, surplus_only in zip(
-            candidates.tolist(), needs, evict.tolist(), surplus.tolist(), strict=True
+        admitted: list[int] = []
+        for row, need, held in zip(
+            candidates.tolist(), needs.tolist(), only_held.tolist(), strict=True
         ):
-            running = len(self.running) + len(admitted) - len(gone)
-            headroom = view.blocks_for(running * self.p.growth_steps) if self.on_device else 0
-            fresh = tracker.generated[row] == 0
-            if self.on_device and fresh and self.parked[row]:
-                headroom += view.blocks_for(int(self.remaining[row]))
-            if not self._fits(need + headroom) and may_evict:
-                missing = need + headroom - self.free - self.coming_free
-                full = self.on_device >= view.max_num_seqs
-                gone.update(self._evict_for(row, missing, full, surplus_only))
-            if not self._fits(need + headroom):
+            blocks = need
+            if self.on_device:
+                growing = len(self.running) - len(gone) + len(admitted)
+                blocks += view.blocks_for(growing * self.p.growth_steps)
+                if self.outlook.parked[row] and not tracker.generated[row]:
+                    # Begun, it would stall half-way; so it begins when it can also end.
+                    blocks += view.blocks_for(int(self.outlook.remaining[row]))
+            if not self._fits(blocks):
+                if victims is None:
+                    victims = self._victims()
+                gone.update(self._evict_for(row, blocks, held, victims))
+            if not self._fits(blocks):
+                # Whoever is first in line keeps its place until the blocks are there.
                 break
             self.free -= need
             self.on_device += 1
@@ -220,81 +275,31 @@ class _Pass:
             else:
                 self.plan.admit.append(seq)
                 admitted.append(row)
-        running = self.running
-        if gone:
-            running = running[~np.isin(running, list(gone))]
-        self.running = np.concatenate([running, np.array(admitted, np.int64)])
+        if gone or admitted:
+            stays = self.running[~np.isin(self.running, list(gone))]
+            self.running = np.concatenate([stays, np.array(admitted, np.int64)])
 
     def _fits(self, blocks: int) -> bool:
         return self.on_device < self.view.max_num_seqs and self.free >= blocks
 
-    def _candidates(self) -> tuple[IntArray, BoolArray, BoolArray]:
-        tracker, view = self.tracker, self.view
-        pre, wait = self.preempted, self.waiting
-        parked = self.parked
-        resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(pre)
-        promised = ~parked[pre]
-        hungry = 0.1 * tracker.limit - self.buffer >= np.maximum(
-            self.p.min_room, self.p.min_share * 0.1 * tracker.limit
-        )
-        hungry |= self.sprint
-        urgent = pre[promised & (self.slack[pre] <= resume_at)]
-        relaxed = pre[promised & (self.slack[pre] > resume_at) & hungry[pre] & ~self.late[pre]]
-        late = pre[self.late[pre] & ~(promised & (self.slack[pre] <= resume_at))]
-        begun = tracker.generated[wait] > 0
-        dropped, fresh = wait[begun], wait[~begun]
-        rest = pre[~promised & hungry[pre] & ~self.late[pre]]
-        if self.p.rest == "fcfs":
-            rest = rest[np.lexsort((tracker.order[rest], tracker.arrival_s[rest]))]
-        elif self.p.rest == "slack":
-            rest = rest[np.argsort(self.slack[rest])]
-        else:
-            rest = rest[np.argsort(-self.remaining[rest], kind="stable")]
-
-        def by_slack(rows: IntArray) -> IntArray:
-            return rows[np.lexsort((tracker.arrival_s[rows], self.slack[rows]))]
-
-        relaxed = by_slack(relaxed) if self.p.relaxed == "slack" else relaxed[np.argsort(-self.remaining[relaxed], kind="stable")]
-        groups = [by_slack(urgent), by_slack(dropped), fresh, late, relaxed, rest]
-        rows = np.concatenate(groups)
-        evict = np.ones(len(rows), bool)
-        surplus = parked[rows].copy()
-        start = len(urgent) + len(wait) + len(late)
-        surplus[len(urgent) + len(wait) : start] = False
-        surplus[start : start + len(relaxed)] = True
-        return rows, evict, surplus
-
-    # -- who leaves -----------------------------------------------------------------------------
-
-    def _evict_for(self, row: int, missing: int, needs_place: bool, surplus_only: bool) -> list[int]:
-        chosen: list[int] = []
-        if self._victims is None:
-            running = self.running
-            tracker = self.tracker
-            decoding = tracker.context[running] - tracker.computed[running] == 1
-            settled = running[decoding & (tracker.resident[running] >= self.p.min_residency_tokens)]
-            order = settled[np.argsort(-self.slack[settled], kind="stable")]
-            self._victims = order[self._may_leave(order)].tolist()
-        newcomer = 0.0 if self.late[row] else max(float(self.slack[row]), 0.0)
-        for victim in self._victims:
-            if missing <= 0 and (chosen or not needs_place):
-                break
-            if self.late[victim] or surplus_only and self.useful[victim]:
-                continue
-            if not surplus_only and self.useful[victim] and self.slack[victim] < newcomer + self.p.margin_s:
-                continue
-            chosen.append(victim)
-            missing -= int(self.tracker.blocks[victim])
-        if missing <= 0 and (chosen or not needs_place):
-            for victim in chosen:
-                self._victims.remove(victim)
-                self._preempt(victim)
-            return chosen
-        return []
-
-    def _may_leave(self, rows: IntArray) -> BoolArray:
-        cost = self.view.cost
-        blocks = self.view.blocks_needed(rows)
-        unsynced = np.maximum(blocks - self.tracker.synced[rows], 0)
-        switch_s = cost.offload_s(1) * unsynced + cost.load_s(1) * blocks
-        return self.slack[rows] > np.maximum(self.p.victim_slack_s, 2 * switch_s)
+    def _candidates(self) -> tuple[IntArray, BoolArray]:
+        """Rows off the device that should come onto it, most urgent first, and whether each may
+        displace held streams only."""
+        view, tracker, outlook = self.view, self.tracker, self.outlook
+        rows, waiting = self.preempted, self.waiting
+        slack, parked, late = outlook.slack[rows], outlook.parked[rows], outlook.late[rows]
+        resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
+        urgent = ~parked & (slack <= resume_at)
+        hungry = outlook.hungry[rows] & ~urgent & ~late
+        groups = []
+        for chosen in (urgent, late & ~urgent, hungry & ~parked, hungry & parked):
+            group = rows[chosen]
+            if len(group) > 1:
+                group = group[np.lexsort((tracker.arrival_s[group], slack[chosen]))]
+            groups.append(group)
+        begun = tracker.generated[waiting] > 0
+        first = [groups[0], waiting[begun], waiting[~begun], groups[1]]
+        order = np.concatenate([*first, *groups[2:]])
+        only_held = outlook.parked[order] & ~outlook.late[order]
+        only_held[sum(map(len, first)) :] = True
+        return order, only_held

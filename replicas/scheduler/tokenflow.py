@@ -134,8 +134,7 @@ class TokenFlowPolicy:
         gone = {seq.row for seq, _ in plan.preempt}
         active = np.setdiff1d(np.arange(len(tracker)), np.concatenate([waiting, list(gone)]))
         promised = float(tracker.rate[active].sum())
-        kv_tokens = view.total_blocks * view.block_size
-        gamma = capacity(tracker, view.cost, kv_tokens, view.max_num_seqs)
+        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
         if promised > gamma:
             self._resume_in_order(view, preempted, free, plan)
             return running
