@@ -18,7 +18,7 @@ class StreamRecord:
     """One request as its client saw it."""
 
     token_rate: float
-    """Declared, tokens/s."""
+    """Declared, tokens/s; infinite = as fast as it can be had, by no reader."""
     intended_s: float
     """When it was due to be sent; delays of the generator itself count against the server."""
     sent_s: float | None = None
@@ -45,8 +45,21 @@ class StreamRecord:
         """Arrival of every token; those of one message share a time."""
         return [at for at, count in self.arrivals for _ in range(count)]
 
+    @property
+    def reads(self) -> bool:
+        """Whether a reader consumes it, who can run dry and get ahead of."""
+        return math.isfinite(self.token_rate)
+
+    @property
+    def effective_tokens(self) -> float:
+        """Tokens weighted by the reader's buffer on arrival. [TokenFlow §7.1.3]"""
+        if not self.reads:
+            return float(self.tokens)
+        return effective_tokens(buffers_at_generation(self.token_times(), self.token_rate))
+
     def playback(self, until_s: float = math.inf) -> Playback:
-        """The reader's state after what had arrived at `until_s`."""
+        """The reader's state after what had arrived at `until_s`. Raises ValueError without a
+        reader."""
         playback = Playback(self.token_rate)
         for at, count in self.arrivals:
             if at > until_s:
@@ -67,7 +80,7 @@ class Summary:
     raw_tok_s: float
     """Tokens received per second."""
     effective_tok_s: float
-    """Tokens weighted by the reader's buffer on arrival. [TokenFlow §7.1.3]"""
+    """Tokens weighted by the reader's buffer on arrival; all of those nobody reads."""
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
@@ -97,11 +110,9 @@ def summarize(records: Iterable[StreamRecord]) -> Summary:
     ttfts = [
         (r.first_token_s if r.first_token_s is not None else end) - r.intended_s for r in records
     ]
-    playbacks = [r.playback() for r in records]
+    playbacks = [r.playback() for r in records if r.reads]
     tokens = sum(r.tokens for r in records)
-    effective = sum(
-        effective_tokens(buffers_at_generation(r.token_times(), r.token_rate)) for r in records
-    )
+    effective = sum(r.effective_tokens for r in records)
     lags = [r.sent_s - r.intended_s for r in records if r.sent_s is not None]
     return Summary(
         requests=len(records),

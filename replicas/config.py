@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
+from tokenflow.replicas.scheduler.registry import make_policy
 
 
 class EngineConfig(BaseModel):
@@ -15,7 +15,10 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: str = Field(default="tokenflow", description="Scheduling policy, by name.")
+    policy: str = Field(default="slack", description="Scheduling policy, by name.")
+    policy_params: dict[str, float] = Field(
+        default_factory=dict, description="Parameters of the policy that differ from its defaults."
+    )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per KV block.")
     kv_tokens: int | None = Field(
         default=None,
@@ -64,12 +67,10 @@ class EngineConfig(BaseModel):
     )
     fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
 
-    @field_validator("policy")
-    @classmethod
-    def _known_policy(cls, name: str) -> str:
+    @model_validator(mode="after")
+    def _policy_exists(self) -> EngineConfig:
         try:
-            make_policy(name)
-        except ConfigError:
-            known = ", ".join(sorted(POLICIES))
-            raise ValueError(f"unknown policy {name!r}; choose one of: {known}") from None
-        return name
+            make_policy(self.policy, self.policy_params)
+        except ConfigError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return self

@@ -128,7 +128,7 @@ def build_engine(
     )
     return Engine(
         executor,
-        make_policy(config.policy),
+        make_policy(config.policy, config.policy_params),
         host,
         config,
         tokenizer=tokenizer,

@@ -2,10 +2,12 @@
 
 Prefill goes before decode; a request is admitted when its prompt and a share of the tokens it may
 still generate fit beside what the running ones are expected to need; when memory overflows all the
-same, the request that came last is dropped and recomputed later.
+same, the requests with the fewest tokens so far are dropped and recomputed later.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,22 +15,31 @@ from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_bat
 from tokenflow.replicas.scheduler.tracker import IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class FCFSParams:
+    """Tunables; SGLang's defaults. The "ratio" is the share of its remaining tokens that a running
+    request is expected to use."""
+
+    initial_ratio: float = 0.7
+    min_ratio: float = 0.098
+    decay_steps: int = 600
+    """Steps in which the ratio falls from the one to the other."""
+    retract_tokens: int = 20
+    """Tokens each request is granted on top, when an overflow sets the ratio anew."""
+    longest_output: int = 4096
+    """No request is expected to use more than this."""
+
+
 class FCFSPolicy:
-    """See the module. `new_token_ratio` is the share of its remaining tokens that a running request
-    is expected to use: it starts at `initial_ratio`, decays to `min_ratio` over `decay_steps`, and
-    starts again after an overflow."""
+    """See the module."""
 
     name = "fcfs"
     write_through = False
     prefill_first = True
 
-    def __init__(
-        self, initial_ratio: float = 0.7, min_ratio: float = 0.1, decay_steps: int = 600
-    ) -> None:
-        self._initial = initial_ratio
-        self._min = min_ratio
-        self._decay = (initial_ratio - min_ratio) / decay_steps
-        self._ratio = initial_ratio
+    def __init__(self, params: FCFSParams | None = None) -> None:
+        self.params = params or FCFSParams()
+        self._ratio = self.params.initial_ratio
 
     def plan(self, view: View, now: float) -> Plan:
         plan = Plan()
@@ -39,19 +50,21 @@ class FCFSPolicy:
         return plan
 
     def _make_room(self, view: View, running: IntArray, plan: Plan) -> tuple[IntArray, int]:
-        """Retract the newest requests until every other one can take its next step; what stays,
-        and the blocks free beside it."""
-        tracker = view.tracker
+        """Retract requests until every other one can take its next step; what stays, and the blocks
+        free beside it."""
+        tracker, p = view.tracker, self.params
         growth = view.growth(running)
         need = int(growth.sum())
         free = view.free_blocks
         if need <= free:
-            self._ratio = max(self._min, self._ratio - self._decay)
+            decay = (p.initial_ratio - p.min_ratio) / max(p.decay_steps, 1)
+            self._ratio = max(p.min_ratio, self._ratio - decay)
             return running, free - need
-        self._ratio = self._initial
-        newest = np.lexsort((tracker.order[running], tracker.arrival_s[running]))[::-1]
+        generated = tracker.generated[running]
+        granted = generated.sum() + p.retract_tokens * len(running)
+        self._ratio = min(1.0, float(granted / (tracker.limit[running].sum() + 1)))
         stays = np.ones(len(running), bool)
-        for i in newest[:-1].tolist():
+        for i in np.lexsort((-tracker.context[running], generated))[:-1].tolist():
             if need <= free:
                 break
             stays[i] = False
@@ -80,6 +93,7 @@ class FCFSPolicy:
         """Blocks each is expected to hold in the end."""
         tracker = view.tracker
         remaining = tracker.limit[rows] - tracker.generated[rows]
+        remaining = np.minimum(remaining, self.params.longest_output)
         tokens = tracker.context[rows] + (remaining * self._ratio).astype(np.int64)
         blocks: IntArray = (tokens + view.block_size - 1) // view.block_size
         return blocks

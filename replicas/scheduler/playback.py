@@ -27,9 +27,7 @@ class Playback:
     __slots__ = ("_last_consumed", "_run", "generated", "rate", "stall_s", "stalls")
 
     def __init__(self, rate: float) -> None:
-        if not rate > 0:
-            raise ValueError(f"rate must be above 0 tokens/s, got {rate}")
-        self.rate = rate
+        self.rate = _checked(rate)
         self.generated = 0
         self.stall_s = 0.0
         """Seconds the reader has waited at an empty buffer, after its first token."""
@@ -80,11 +78,16 @@ class Playback:
 
     def set_rate(self, rate: float, now: float) -> None:
         """Change the reading speed at `now`; what is buffered is read at the new speed."""
-        if not rate > 0:
-            raise ValueError(f"rate must be above 0 tokens/s, got {rate}")
+        rate = _checked(rate)
         if self._last_consumed > now:
             self._last_consumed = now + (self._last_consumed - now) * self.rate / rate
         self.rate = rate
+
+
+def _checked(rate: float) -> float:
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate must be a finite number above 0 tokens/s, got {rate}")
+    return rate
 
 
 def token_weight(buffer: float, output_tokens: int) -> float:

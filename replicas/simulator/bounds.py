@@ -105,6 +105,14 @@ def _device_time(machine: Machine, cost: Roofline, arrivals: Seq[Arrival]) -> fl
     return steps * cost.overhead_s + max(moved / bandwidth, flops / rate)
 
 
+def _readable(arrival: Arrival, until_s: float) -> float:
+    """Most tokens of it that can have counted by then; all where nobody reads."""
+    if until_s <= arrival.at_s:
+        return 0.0
+    ahead = _USEFUL_AHEAD * arrival.output_tokens + 1
+    return arrival.token_rate * (until_s - arrival.at_s) + ahead
+
+
 def _effective(arrivals: Seq[Arrival], begun: float, shortest: float) -> float:
     """Most effective tokens per second over all makespans that are possible.
 
@@ -115,9 +123,7 @@ def _effective(arrivals: Seq[Arrival], begun: float, shortest: float) -> float:
         return sum(
             min(
                 a.output_tokens,
-                a.token_rate * max(0.0, begun + duration - a.at_s)
-                + _USEFUL_AHEAD * a.output_tokens
-                + 1,
+                _readable(a, begun + duration)
             )
             for a in arrivals
         )

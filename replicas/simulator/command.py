@@ -15,14 +15,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tokenflow.loadgen.traces import load_trace
+from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.scheduler.registry import POLICIES
+from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 from tokenflow.replicas.simulator import plots
 from tokenflow.replicas.simulator.bounds import Bounds, bounds
 from tokenflow.replicas.simulator.jobs import Job, Run, results
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates",
         default="20",
         metavar="R[@SHARE],...",
-        help="reading speeds in tokens/s with their shares, as 15@0.4,20@0.6 (20)",
+        help="reading speeds in tokens/s with their shares, as 15@0.4,20@0.6; max = no reader (20)",
     )
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
     add("--seed-base", type=int, default=1, metavar="N", help="the first of them (1)")
@@ -91,6 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"of the GPU, for weights and KV ({_TRACE['memory_fraction']})",
     )
+    add(
+        "--param",
+        action="append",
+        default=[],
+        metavar="POLICY.NAME=X",
+        help="a parameter of a policy; may be repeated",
+    )
+    add(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="NAME=X",
+        help="an option of the engine, as offload=false; may be repeated",
+    )
     add("--jobs", type=int, default=1, metavar="N", help="worker processes (1)")
     add("--plots", metavar="DIR", help="also write plots of the first seed to DIR, as SVG")
     add("--json", metavar="FILE", help="also write all figures to FILE")
@@ -109,6 +125,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
         raise ConfigError(f"--jobs must be at least 1, got {args.jobs}.")
     if args.duration is not None and not 1 <= args.duration <= 86_400:
         raise ConfigError(f"--duration must be between 1 and 86400 s, got {args.duration}.")
+    params, engine = parse_params(args.param, policies), parse_engine(args.engine)
     cases = _cases(args, console)
     folder = _plot_folder(args.plots) if args.plots else None
     jobs = [
@@ -117,6 +134,9 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
         for seed in range(args.seed_base, args.seed_base + args.seeds)
         for job in _jobs(case, policies, seed, rates, args, folder is not None)
     ]
+    for job in jobs:
+        job.params.update(params.get(job.policy, {}))
+        job.engine.update(engine)
     runs: list[Run] = []
     with results(jobs, args.jobs) as finished:
         for case in cases:
@@ -277,20 +297,51 @@ def parse_rates(text: str) -> list[tuple[float, float]]:
     for part in text.split(","):
         rate, _, share = part.partition("@")
         try:
-            pair = (float(rate), float(share) if share else 1.0)
+            weight = float(share) if share else 1.0
+            pair = (math.inf if rate == "max" else float(rate), weight)
         except ValueError:
             raise ConfigError(f"--rates: {part!r} is not RATE or RATE@SHARE.") from None
-        if not 0.01 <= pair[0] <= 1000 or not 0 < pair[1] <= 1e6:
+        allowed = rate == "max" or 0.01 <= pair[0] <= 1000
+        if not allowed or not 0 < pair[1] <= 1e6:
             raise ConfigError(f"--rates: {part!r} has a rate outside 0.01 to 1000, or no share.")
         rates.append(pair)
     return rates
+
+
+def parse_params(texts: Seq[str], policies: Seq[str]) -> dict[str, dict[str, float]]:
+    """ "slack.margin_s=2" as parameters by policy. Raises ConfigError."""
+    params: dict[str, dict[str, float]] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        policy, _, key = name.partition(".")
+        if policy not in policies:
+            raise ConfigError(f"--param: {text!r} names no policy of this run.")
+        try:
+            params.setdefault(policy, {})[key] = float(value)
+        except ValueError:
+            raise ConfigError(f"--param: {text!r} is not POLICY.NAME=NUMBER.") from None
+    for policy, values in params.items():
+        make_policy(policy, values)
+    return params
+
+
+def parse_engine(texts: Seq[str]) -> dict[str, Any]:
+    """ "offload=false" as fields of EngineConfig. Raises ConfigError."""
+    values = {name: value for name, _, value in (text.partition("=") for text in texts)}
+    try:
+        checked = EngineConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"--engine: {where}: {first['msg']}.") from None
+    return {name: getattr(checked, name) for name in values}
 
 
 def write_json(path: str, args: argparse.Namespace, runs: Seq[Run]) -> None:
     """All runs with what made them. Raises ConfigError when the file cannot be written."""
     arguments = {
         key: getattr(args, key)
-        for key in ("setting", "trace", "policy", "rates", "duration", *_TRACE)
+        for key in ("setting", "trace", "policy", "rates", "param", "engine", "duration", *_TRACE)
     }
     if args.trace is not None:
         arguments["trace"] = Path(args.trace).name

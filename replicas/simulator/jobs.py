@@ -8,8 +8,9 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
+from typing import Any
 
 from tokenflow.loadgen.metrics import percentile
 from tokenflow.replicas.errors import TokenFlowError
@@ -42,6 +43,10 @@ class Job:
     arrivals: list[Arrival]
     bounds: Bounds
     plotted: bool
+    params: dict[str, float] = field(default_factory=dict)
+    """Of the policy."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Fields of EngineConfig that differ from the defaults."""
 
 
 def figures(outcome: Outcome) -> dict[str, float]:
@@ -50,7 +55,9 @@ def figures(outcome: Outcome) -> dict[str, float]:
     return {
         **outcome.summary.to_dict(),
         # Per reader: seconds it sat dry.
-        "stall_p99_s": percentile([r.playback().stall_s for r in outcome.records], 99),
+        "stall_p99_s": percentile(
+            [r.playback().stall_s for r in outcome.records if r.reads] or [0.0], 99
+        ),
         "preemptions": stats.preemptions,
         "resumes": stats.resumes,
         "recomputed_tokens": stats.recomputed_tokens,
@@ -62,7 +69,8 @@ def figures(outcome: Outcome) -> dict[str, float]:
 
 def work(job: Job) -> tuple[Run, PlotData | None]:
     """Runs a job; the outcome itself, with every token's time, is too much to hand on."""
-    outcome = simulate(job.machine, make_policy(job.policy), job.arrivals)
+    policy = make_policy(job.policy, job.params)
+    outcome = simulate(job.machine, policy, job.arrivals, engine=job.engine)
     done = Run(job.setting, job.policy, job.seed, job.bounds, figures(outcome))
     return done, plot_data(outcome) if job.plotted else None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenflow.loadgen.metrics import StreamRecord, Summary, summarize
 from tokenflow.replicas.config import EngineConfig
@@ -50,14 +52,23 @@ class Outcome:
     """(time, waiting, running, preempted), once per simulated second."""
 
 
-def simulate(machine: Machine, policy: Policy, arrivals: Seq[Arrival]) -> Outcome:
-    """Run to the end. Raises ValueError for a request that can never fit."""
+def simulate(
+    machine: Machine,
+    policy: Policy,
+    arrivals: Seq[Arrival],
+    *,
+    engine: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Run to the end. `engine` sets further fields of EngineConfig.
+
+    Raises ValueError for a request that can never fit.
+    """
     clock = VirtualClock()
     executor = SimExecutor(
         clock, machine.cost, machine.layout, machine.num_blocks, link_gb_s=machine.link_gb_s
     )
     block = machine.layout.block_size
-    engine = Engine(
+    served = Engine(
         executor,
         policy,
         SimHost(machine.host_kv_tokens // block),
@@ -66,6 +77,7 @@ def simulate(machine: Machine, policy: Policy, arrivals: Seq[Arrival]) -> Outcom
             max_num_seqs=machine.max_num_seqs,
             max_batch_tokens=machine.max_batch_tokens,
             max_waiting=1 << 30,
+            **(engine or {}),
         ),
         tokenizer=SimTokenizer(),
         eos_ids=(),
@@ -74,29 +86,29 @@ def simulate(machine: Machine, policy: Policy, arrivals: Seq[Arrival]) -> Outcom
     )
     pending = sorted(arrivals, key=lambda a: a.at_s)
     longest = max((a.prompt_tokens + a.output_tokens for a in pending), default=0)
-    if longest > engine.max_model_len:
+    if longest > served.max_model_len:
         raise ValueError(
-            f"a request of {longest} tokens does not fit into {engine.max_model_len} KV tokens"
+            f"a request of {longest} tokens does not fit into {served.max_model_len} KV tokens"
         )
     records: dict[str, StreamRecord] = {}
     samples: list[tuple[float, int, int, int]] = []
     next_sample = 0.0
     added = 0
-    while added < len(pending) or engine.has_work:
+    while added < len(pending) or served.has_work:
         while added < len(pending) and pending[added].at_s <= clock.now:
             request = _request(f"{added}", pending[added])
             records[request.request_id] = StreamRecord(request.token_rate, request.arrival_s)
-            engine.add(request)
+            served.add(request)
             added += 1
-        if not engine.has_work:
+        if not served.has_work:
             clock.advance_to(pending[added].at_s)
             continue
-        if not engine.step():
+        if not served.step():
             wait = _IDLE_WAIT_S
             if added < len(pending):
                 wait = min(wait, max(pending[added].at_s - clock.now, 1e-6))
-            engine.wait_for_transfers(wait)
-        for event in engine.take_events():
+            served.wait_for_transfers(wait)
+        for event in served.take_events():
             record = records[event.request_id]
             if event.token_id >= 0:
                 record.arrivals.append((clock.now, 1))
@@ -104,11 +116,11 @@ def simulate(machine: Machine, policy: Policy, arrivals: Seq[Arrival]) -> Outcom
                 record.finish_reason = event.finish_reason
                 record.finished_s = clock.now
         if clock.now >= next_sample:
-            stats = engine.stats
+            stats = served.stats
             samples.append((clock.now, stats.now_waiting, stats.now_running, stats.now_preempted))
             next_sample = clock.now + 1.0
     ordered = [records[f"{i}"] for i in range(len(pending))]
-    return Outcome(summarize(ordered), engine.stats, ordered, executor.busy_s, samples)
+    return Outcome(summarize(ordered), served.stats, ordered, executor.busy_s, samples)
 
 
 def _request(request_id: str, arrival: Arrival) -> Request:

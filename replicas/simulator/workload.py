@@ -15,6 +15,7 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     token_rate: float
+    """Infinite = no reader."""
 
 
 def burst(count: int) -> list[float]:
