@@ -16,6 +16,10 @@ _FORGET = 0.995
 """Weight of an observation one step later: about the last two hundred steps count."""
 
 
+_REFIT = 8
+"""The line is fitted anew after that many steps."""
+
+
 class _Mean:
     """Exponentially weighted mean, exact average over the first observations."""
 
@@ -33,13 +37,22 @@ class _Mean:
 class CostModel:
     """Estimates for one engine; fed by the engine, read by policies. Seconds throughout."""
 
-    __slots__ = ("_coefficients", "_gram", "_load", "_moment", "_offload", "_prefill")
+    __slots__ = (
+        "_coefficients",
+        "_gram",
+        "_load",
+        "_moment",
+        "_observed",
+        "_offload",
+        "_prefill",
+    )
 
     def __init__(self) -> None:
         # Exponentially weighted normal equations over (1, sequences, context tokens).
         self._gram = np.zeros((3, 3))
         self._moment = np.zeros(3)
-        self._coefficients: tuple[float, float, float] | None = (0.0, 0.0, 0.0)
+        self._coefficients = (0.0, 0.0, 0.0)
+        self._observed = 0
         self._prefill = _Mean()
         self._offload = _Mean()
         self._load = _Mean()
@@ -55,7 +68,9 @@ class CostModel:
             self._gram += np.outer(x, x)
             self._moment *= _FORGET
             self._moment += x * seconds
-            self._coefficients = None
+            self._observed += 1
+            if self._observed <= _REFIT or self._observed % _REFIT == 0:
+                self._coefficients = _fit(self._gram, self._moment)
         else:
             base = self.step_s(decodes, context_tokens) if decodes else 0.0
             self._prefill.add(max(seconds - base, 0.0) / prefill_tokens, prefill_tokens)
@@ -70,8 +85,6 @@ class CostModel:
 
     def step_terms(self) -> tuple[float, float, float]:
         """(seconds per step, per sequence, per context token), none below 0."""
-        if self._coefficients is None:
-            self._coefficients = _fit(self._gram, self._moment)
         return self._coefficients
 
     def step_s(self, decodes: float, context_tokens: float, prefill_tokens: int = 0) -> float:

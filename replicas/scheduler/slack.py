@@ -23,7 +23,9 @@ the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -130,6 +132,31 @@ class _Outlook:
         self.gains |= ahead
 
 
+class _Victim(NamedTuple):
+    """A stream on the device, and what its leaving means."""
+
+    row: int
+    blocks: int
+    released: int
+    """Blocks free at once."""
+    slots: int
+    """Host slots it still needs."""
+    slack_s: float
+    gains: bool
+
+
+def _victims(view: View, rows: IntArray, outlook: _Outlook) -> list[_Victim]:
+    columns = (
+        rows,
+        view.tracker.blocks[rows],
+        view.released_now(rows),
+        view.slots_to_offload(rows),
+        outlook.slack[rows],
+        outlook.gains[rows],
+    )
+    return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
+
+
 class _Pass:
     """One scheduling pass: a ledger of blocks, places and host slots while the plan is made."""
 
@@ -141,6 +168,7 @@ class _Pass:
         self.running = view.running()
         self.waiting = view.waiting()
         self.preempted = view.tracker.rows(State.PREEMPTED)
+        self.context = view.tracker.context
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
@@ -160,7 +188,7 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        prefilling = tracker.context[rows] - tracker.computed[rows] > 1
+        prefilling = self.context[rows] - tracker.computed[rows] > 1
         runs = self.outlook.gains[rows] | prefilling | tracker.elastic[rows]
         return rows[runs] if runs.any() else rows
 
@@ -183,76 +211,67 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                self._preempt(int(running[i]))
+                self._preempt(_victims(self.view, running[i : i + 1], self.outlook)[0])
             self.running = running[stays]
         self.free -= min(need, self.free)
 
-    def _preempt(self, row: int) -> None:
-        one = np.array([row])
-        slots = int(self.view.slots_to_offload(one)[0])
-        blocks = int(self.tracker.blocks[row])
-        how = Preempt.OFFLOAD if slots <= self.host_free else Preempt.RECOMPUTE
-        released = blocks
+    def _preempt(self, victim: _Victim) -> None:
+        how = Preempt.OFFLOAD if victim.slots <= self.host_free else Preempt.RECOMPUTE
+        released = victim.blocks
         if how is Preempt.OFFLOAD:
-            self.host_free -= slots
-            released = int(self.view.released_now(one)[0])
+            self.host_free -= victim.slots
+            released = victim.released
         self.free += released
-        self.coming_free += blocks - released
+        self.coming_free += victim.blocks - released
         self.on_device -= 1
-        self.plan.preempt.append((self.tracker.sequences[row], how))
+        self.plan.preempt.append((self.tracker.sequences[victim.row], how))
 
-    def _victims(self) -> list[int]:
+    def _expendable(self) -> list[_Victim]:
         """Streams that can leave unnoticed, the most slack first."""
         rows, tracker, cost = self.running, self.tracker, self.view.cost
+        slack = self.outlook.slack[rows]
+        leaves = slack > self.p.victim_slack_s
+        leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
+        leaves &= self.context[rows] - tracker.computed[rows] == 1
+        leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]
         unsynced = blocks - self.view.released_now(rows)
-        switch_s = cost.offload_s(1) * unsynced + cost.load_s(1) * blocks
-        slack = self.outlook.slack[rows]
-        leaves = slack > np.maximum(self.p.victim_slack_s, 2 * switch_s)
-        leaves &= tracker.context[rows] - tracker.computed[rows] == 1
-        leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
-        leaves &= ~self.outlook.late[rows]
-        rows, slack = rows[leaves], slack[leaves]
-        victims: list[int] = rows[np.argsort(-slack, kind="stable")].tolist()
-        return victims
+        leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
+        rows = rows[leaves]
+        return _victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
 
-    def _evict_for(self, row: int, blocks: int, only_held: bool, victims: list[int]) -> list[int]:
+    def _evict_for(
+        self, row: int, blocks: int, only_held: bool, victims: list[_Victim]
+    ) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
         missing = blocks - self.free - self.coming_free
         needs_place = self.on_device >= self.view.max_num_seqs
-        slack, gains = self.outlook.slack, self.outlook.gains
         floor = self.p.margin_s
         if not self.outlook.late[row]:
-            floor += max(float(slack[row]), 0.0)
-        chosen: list[int] = []
+            floor += max(float(self.outlook.slack[row]), 0.0)
+        chosen: list[_Victim] = []
         for victim in victims:
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if gains[victim] and (only_held or slack[victim] < floor):
+            if victim.gains and (only_held or victim.slack_s < floor):
                 continue
             chosen.append(victim)
-            missing -= int(self.tracker.blocks[victim])
+            missing -= victim.blocks
         if missing > 0 or (needs_place and not chosen):
             return []
         for victim in chosen:
             victims.remove(victim)
             self._preempt(victim)
-        return chosen
+        return [victim.row for victim in chosen]
 
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
-        candidates, only_held = self._candidates()
-        if not len(candidates):
-            return
         view, tracker = self.view, self.tracker
-        needs = view.blocks_needed(candidates)
-        victims: list[int] | None = None
+        victims: list[_Victim] | None = None
         gone: set[int] = set()
         admitted: list[int] = []
-        for row, need, held in zip(
-            candidates.tolist(), needs.tolist(), only_held.tolist(), strict=True
-        ):
+        for row, need, only_held in self._candidates():
             blocks = need
             if self.on_device:
                 growing = len(self.running) - len(gone) + len(admitted)
@@ -262,8 +281,8 @@ class _Pass:
                     blocks += view.blocks_for(int(self.outlook.remaining[row]))
             if not self._fits(blocks):
                 if victims is None:
-                    victims = self._victims()
-                gone.update(self._evict_for(row, blocks, held, victims))
+                    victims = self._expendable()
+                gone.update(self._evict_for(row, blocks, only_held, victims))
             if not self._fits(blocks):
                 # Whoever is first in line keeps its place until the blocks are there.
                 break
@@ -276,30 +295,35 @@ class _Pass:
                 self.plan.admit.append(seq)
                 admitted.append(row)
         if gone or admitted:
-            stays = self.running[~np.isin(self.running, list(gone))]
-            self.running = np.concatenate([stays, np.array(admitted, np.int64)])
+            stays = [row for row in self.running.tolist() if row not in gone]
+            self.running = np.array(stays + admitted, np.int64)
 
     def _fits(self, blocks: int) -> bool:
         return self.on_device < self.view.max_num_seqs and self.free >= blocks
 
-    def _candidates(self) -> tuple[IntArray, BoolArray]:
-        """Rows off the device that should come onto it, most urgent first, and whether each may
-        displace held streams only."""
-        view, tracker, outlook = self.view, self.tracker, self.outlook
+    def _candidates(self) -> Iterator[tuple[int, int, bool]]:
+        """Who should come onto the device, most urgent first: (row, blocks it takes, whether it may
+        displace held streams only). Lazy: mostly the first few fill the device."""
+        view, outlook = self.view, self.outlook
         rows, waiting = self.preempted, self.waiting
         slack, parked, late = outlook.slack[rows], outlook.parked[rows], outlook.late[rows]
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
+        yield from self._in_turn(rows[urgent])
+        begun = self.tracker.generated[waiting] > 0
+        for group in (waiting[begun], waiting[~begun]):
+            needs = view.blocks_needed(group).tolist()
+            yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
+        yield from self._in_turn(rows[late & ~urgent])
         hungry = outlook.hungry[rows] & ~urgent & ~late
-        groups = []
-        for chosen in (urgent, late & ~urgent, hungry & ~parked, hungry & parked):
-            group = rows[chosen]
-            if len(group) > 1:
-                group = group[np.lexsort((tracker.arrival_s[group], slack[chosen]))]
-            groups.append(group)
-        begun = tracker.generated[waiting] > 0
-        first = [groups[0], waiting[begun], waiting[~begun], groups[1]]
-        order = np.concatenate([*first, *groups[2:]])
-        only_held = outlook.parked[order] & ~outlook.late[order]
-        only_held[sum(map(len, first)) :] = True
-        return order, only_held
+        yield from self._in_turn(rows[hungry & ~parked], only_held=True)
+        yield from self._in_turn(rows[hungry & parked], only_held=True)
+
+    def _in_turn(
+        self, rows: IntArray, *, only_held: bool = False
+    ) -> Iterator[tuple[int, int, bool]]:
+        """Least slack first; among those who have nothing, whoever came first."""
+        if len(rows) > 1:
+            rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
+        for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):
+            yield row, need, only_held

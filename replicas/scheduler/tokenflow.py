@@ -11,9 +11,10 @@ steps are run; otherwise prefills simply go first.
 
 A member comes back by load or by recompute, whichever is quicker. [TokenFlow §4.1-§4.3]
 
-Where the paper is silent: the utility's buffer term enters as what *not* running would cost, since
-with the printed sign an empty buffer would speak against running; the working-set bound is `M /
-beta` plus the places that can be switched, as its scaling is given without a formula.
+Where the paper is silent or reads two ways: the utility's buffer term enters as what *not* running would cost, since
+with the printed sign an empty buffer would speak against running; beta is the memory of a request
+half-way through its output; the bound `M / beta` grows by the places that can be switched, as its
+scaling is given without a formula; Gamma is that of the streams as they are now.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import capacity
 from tokenflow.replicas.scheduler.playback import token_weights
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray
@@ -134,13 +134,22 @@ class TokenFlowPolicy:
         gone = {seq.row for seq, _ in plan.preempt}
         active = np.setdiff1d(np.arange(len(tracker)), np.concatenate([waiting, list(gone)]))
         promised = float(tracker.rate[active].sum())
-        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        gamma = self._gamma(view)
         if promised > gamma:
             self._resume_in_order(view, preempted, free, plan)
             return running
         movable = running[self._movable(view, running, now)]
         joining = self._joining(view, active, movable, waiting, gamma - promised)
         return self._balance(view, running, movable, preempted, joining, free, plan, now)
+
+    def _gamma(self, view: View) -> float:
+        """Tokens/s of a device full of streams as they are now. [TokenFlow §4.3]"""
+        running = view.running()
+        if not len(running):
+            return math.inf
+        context = float(view.tracker.context[running].mean())
+        fit = min(view.kv_tokens / context, len(view.tracker), view.max_num_seqs)
+        return view.cost.capacity(max(fit, 1.0), context)
 
     def _movable(self, view: View, running: IntArray, now: float) -> FloatArray:
         tracker = view.tracker
@@ -153,7 +162,9 @@ class TokenFlowPolicy:
     ) -> IntArray:
         """Waiting requests that enter the working set, in order of arrival."""
         everyone = np.concatenate([active, waiting])
-        beta = float(view.blocks_needed(everyone).mean())
+        tracker = view.tracker
+        remaining = (tracker.limit - tracker.generated)[everyone]
+        beta = float((tracker.context[everyone] + remaining / 2).mean()) / view.block_size
         places = int(view.total_blocks / beta) - view.on_device() + len(movable)
         joining = waiting[: max(places, 0)]
         within = np.cumsum(view.tracker.rate[joining]) <= rate_left

@@ -52,6 +52,9 @@ class Tracker:
             self._columns[name] = np.zeros(capacity, dtype)
         self._added = 0
         self._changed: dict[Sequence, None] = {}
+        self._context: IntArray | None = None
+        self._rows: dict[State, IntArray] = {}
+        """Derived from the columns when first asked for, until they change."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -71,7 +74,8 @@ class Tracker:
         self._columns["prompt"][row] = len(seq.prompt_ids)
         self._columns["limit"][row] = seq.params.max_tokens
         self._added += 1
-        self._changed[seq] = None
+        self.touch(seq)
+        self._forget()
 
     def remove(self, seq: Sequence) -> None:
         """Drop the row of `seq`. Raises ValueError when it has none."""
@@ -86,6 +90,11 @@ class Tracker:
         del self.sequences[last]
         seq.row = -1
         self._changed.pop(seq, None)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._context = None
+        self._rows.clear()
 
     def touch(self, seq: Sequence) -> None:
         """`seq` has changed; its row follows at the next `refresh`."""
@@ -108,6 +117,7 @@ class Tracker:
         columns["rate"][rows] = [seq.playback.rate for seq in seqs]
         columns["due_s"][rows] = [seq.playback.due_s for seq in seqs]
         seqs.clear()
+        self._forget()
 
     # -- the policies' side ---------------------------------------------------------------------
 
@@ -157,7 +167,9 @@ class Tracker:
     @property
     def context(self) -> IntArray:
         """Tokens known: prompt and output."""
-        return self._ints("prompt") + self._ints("generated")
+        if self._context is None:
+            self._context = self._ints("prompt") + self._ints("generated")
+        return self._context
 
     @property
     def computed(self) -> IntArray:
@@ -201,10 +213,13 @@ class Tracker:
 
     def rows(self, state: State) -> IntArray:
         """Rows of the sequences in `state`, ascending."""
-        return np.flatnonzero(self.state == CODES[state])
+        rows = self._rows.get(state)
+        if rows is None:
+            rows = self._rows[state] = np.flatnonzero(self.state == CODES[state])
+        return rows
 
     def count(self, state: State) -> int:
-        return int(np.count_nonzero(self.state == CODES[state]))
+        return len(self.rows(state))
 
     def take(self, rows: Collection[int] | IntArray) -> list[Sequence]:
         """The sequences of `rows`, in that order."""
