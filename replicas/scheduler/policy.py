@@ -127,12 +127,17 @@ class Policy(Protocol):
 
 
 def compose_batch(
-    view: View, rows: IntArray, *, prefill_first: bool = False
+    view: View,
+    rows: IntArray,
+    *,
+    prefill_first: bool = False,
+    prefill_tokens: int | None = None,
 ) -> list[tuple[Sequence, int]]:
     """Pack a step from `rows`, on the device or admitted by this plan.
 
     Every decoding sequence gets one token, prefills share what is left of the budget in order. With
-    `prefill_first`, a step with any prefill in it carries prefills only.
+    `prefill_first`, a step with any prefill in it carries prefills only; `prefill_tokens` limits
+    their tokens further.
     """
     tracker = view.tracker
     pending = tracker.context[rows] - tracker.computed[rows]
@@ -143,6 +148,8 @@ def compose_batch(
     if prefill_first:
         decodes = []
     budget = view.max_batch_tokens - len(decodes)
+    if prefill_tokens is not None:
+        budget = min(budget, prefill_tokens)
     batch: list[tuple[Sequence, int]] = []
     prefilling = ~decoding
     for row, left in zip(rows[prefilling].tolist(), pending[prefilling].tolist(), strict=True):

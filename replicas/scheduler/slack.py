@@ -16,6 +16,9 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room.
 
+5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
+   more of the device on decoding than on prompts.
+
 Consumers that are no readers are never held; their rate is a reference that the engine moves with
 the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules are ours]
 """
@@ -48,6 +51,8 @@ class SlackParams:
     late_margin: float = 1.5
     """A stream is late when this many times its own remaining steps outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
+    prefill_share: float = 4.0
+    """While prompts wait, a step may last this many times its decoding, whatever readers need."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -182,8 +187,24 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
-        self.plan.batch = compose_batch(self.view, rows)
+        self.plan.batch = compose_batch(self.view, rows, prefill_tokens=self._chunk(rows))
         return self.plan
+
+    def _chunk(self, rows: IntArray) -> int | None:
+        """Rule 5: most prompt tokens of this step."""
+        tracker, cost = self.tracker, self.view.cost
+        decoding = self.context[rows] - tracker.computed[rows] == 1
+        per_token = cost.prefill_s(1)
+        if per_token <= 0 or decoding.all():
+            return None
+        rows = rows[decoding]
+        readers = rows[~(tracker.elastic[rows] | self.outlook.parked[rows])]
+        if not len(readers):
+            return None
+        patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
+        decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
+        allowed_s = max(float(patience.min()), self.p.prefill_share * decode_s) - decode_s
+        return max(int(allowed_s / per_token), self.view.block_size)
 
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
