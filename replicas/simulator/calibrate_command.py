@@ -124,6 +124,7 @@ def coefficients(calibration: Calibration) -> Table:
         ("fixed_s", "step"),
         ("decode_s", "decoding sequence"),
         ("context_s", "token of context read"),
+        ("padded_s", "token of context, padded"),
         ("prefill_s", "prompt token"),
         ("score_s", "query-key pair"),
         ("chunk_s", "prefill"),

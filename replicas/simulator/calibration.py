@@ -47,7 +47,9 @@ class CalibratedCost:
     decode_s: Seconds
     """Per decoding sequence."""
     context_s: Seconds
-    """Per token of context that decoding reads: the batch is padded to its longest."""
+    """Per token of context that decoding reads."""
+    padded_s: Seconds
+    """Per token of it after padding: a batch is as wide as its longest context."""
     prefill_s: Seconds
     """Per prompt token."""
     score_s: Seconds
@@ -68,6 +70,7 @@ class CalibratedCost:
             self.fixed_s,
             self.decode_s,
             self.context_s,
+            self.padded_s,
             self.prefill_s,
             self.score_s,
             self.chunk_s,
@@ -91,6 +94,7 @@ def features(
     return (
         1.0,
         float(len(decodes)),
+        float(sum(decodes)),
         float(len(decodes) * max(decodes, default=0)),
         float(tokens),
         sum(chunk * (before + chunk / 2) for chunk, before in chunks),
@@ -190,8 +194,8 @@ def fit_cost(steps: Seq[Step]) -> CalibratedCost:
     seconds = np.array([s.seconds for s in steps])
     found = fit(matrix.reshape(len(steps), -1), seconds)
     stretch = mean_over_typical(seconds, matrix @ found)
-    fixed, decode, context, prefill, score, chunk, large = (float(x) for x in found)
-    return CalibratedCost(fixed, decode, context, prefill, score, chunk, large, stretch)
+    fixed, decode, context, padded, prefill, score, chunk, large = (float(x) for x in found)
+    return CalibratedCost(fixed, decode, context, padded, prefill, score, chunk, large, stretch)
 
 
 def fit_overhead(steps: Seq[Step]) -> Overhead:
