@@ -11,7 +11,7 @@ from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, ConfigError
-from tokenflow.replicas.executor.base import Executor
+from tokenflow.replicas.executor.base import Executor, KVLayout
 from tokenflow.replicas.executor.checkpoint import (
     ACTIVATION_SHARE,
     ModelSpec,
@@ -97,6 +97,17 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     """Torch threads of one CPU replica: its share of the cores this process may use, less one
     core for everything that is not the model (threads that wait for a late one gain nothing)."""
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
+
+
+def private_host_memory(slots: int, layout: KVLayout, device: str) -> Any:
+    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`.
+
+    Written to at once, because the first touch of a page is dearer than a copy.
+    """
+    import torch
+
+    shape = (slots, layout.block_bytes)
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
 
 
 def build_executor(

@@ -16,9 +16,11 @@ from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.factory import (
     build_executor,
+    cpu_threads,
     free_memory_bytes,
     inspect_model,
     plan_blocks,
+    private_host_memory,
     resolve_device,
 )
 from tokenflow.replicas.request import Request
@@ -40,26 +42,19 @@ class Bench:
 
     def __init__(self, directory: str | Path, config: EngineConfig, *, host_kv_tokens: int) -> None:
         """Raises CheckpointError or ConfigError for a model that cannot be run here."""
-        import torch
-
         self.config = config
         self.device = resolve_device(config.device)
         self.spec = inspect_model(directory, config, self.device)
         self.layout = self.spec.kv_layout(config.block_size)
         blocks = plan_blocks(self.spec, config, available_bytes=free_memory_bytes(self.device))
         self.host_slots = host_kv_tokens // config.block_size
-        # Written to now, because the first touch of a page is dearer than a copy.
-        memory = torch.empty(
-            (self.host_slots, self.layout.block_bytes),
-            dtype=torch.uint8,
-            pin_memory=self.device != "cpu",
-        ).zero_()
+        memory = private_host_memory(self.host_slots, self.layout, self.device)
         self.executor = RecordingExecutor(
             build_executor(
                 self.spec, config, host_memory=memory, device=self.device, num_blocks=blocks
             )
         )
-        self.threads = torch.get_num_threads()
+        self.threads = cpu_threads(config, 1)
         self._tokenizer: Any = load_tokenizer(directory)
         for first in range(0, blocks, self.host_slots):
             self._touch(range(first, min(first + self.host_slots, blocks)))
