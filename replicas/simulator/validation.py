@@ -16,7 +16,7 @@ from tokenflow.replicas.stats import EngineStats
 
 READ_TOK_S = 10.0
 _BURST_SHARE = 0.75
-_LATER_PER_S = 2.0
+_LATER_SHARE = 1 / 3
 _PROMPT_SHARE = 1 / 6
 
 
@@ -46,17 +46,24 @@ class Comparison:
 
 
 def workload(calibration: Calibration, max_model_len: int, seed: int) -> list[Arrival]:
-    """A burst for about three times the device memory, and stragglers at 2/s: as `tokenflow demo`
-    on the embedded model."""
+    """A burst for about three times the device memory, and more requests while that is served; on
+    the embedded model about what `tokenflow demo` sends."""
     rng = random.Random(seed)
     # At most 256 tokens each, because a validation is to last seconds, not hours.
     each = min(256, max_model_len // 2, max(4, calibration.kv_tokens // 8))
     count = max(4, min(4 * calibration.kv_tokens // each, 4 * calibration.max_num_seqs))
-    at_once = round(count * _BURST_SHARE)
-    times = burst(at_once)
-    times += poisson(_LATER_PER_S, (count - at_once) / _LATER_PER_S, rng)
     prompt = each * _PROMPT_SHARE
+    at_once = round(count * _BURST_SHARE)
+    # The last one must come early: what waits for arrivals does not depend on the machine.
+    later_s = _LATER_SHARE * _busy_s(calibration, each, count)
+    times = burst(at_once) + poisson((count - at_once) / later_s, later_s, rng)
     return requests(times, prompt, each - prompt, [(READ_TOK_S, 1)], rng)
+
+
+def _busy_s(calibration: Calibration, each: int, count: int) -> float:
+    """Roughly how long `count` requests of `each` tokens keep the device busy."""
+    together = max(1, min(calibration.kv_tokens // each, calibration.max_num_seqs))
+    return count * each / together * calibration.cost.step_s([each] * together, [])
 
 
 def validate(

@@ -31,7 +31,7 @@ from tokenflow.replicas.simulator.fitting import fit, nnls
 from tokenflow.replicas.simulator.probe import Observations
 from tokenflow.replicas.simulator.recording import Copy, RecordingExecutor, Step
 from tokenflow.replicas.simulator.run import simulate
-from tokenflow.replicas.simulator.validation import Figure
+from tokenflow.replicas.simulator.validation import Figure, workload
 from tokenflow.replicas.simulator.workload import Arrival
 
 TRUE = np.array([3e-3, 1.5e-4, 4e-7, 5e-7, 1e-4, 1.2e-7, 1e-4, 3e-8])
@@ -211,6 +211,20 @@ def test_a_machine_is_for_a_policy_that_was_run():
     assert outcome.summary.tokens == 50
     with pytest.raises(ConfigError, match="not of andes"):
         made.machine("andes")
+
+
+def test_the_second_run_is_bound_by_the_machine_not_by_its_arrivals():
+    made = calibration()
+    arrivals = workload(made, 1024, 1)
+    assert arrivals == workload(made, 1024, 1) != workload(made, 1024, 2)
+    tokens = sum(a.prompt_tokens + a.output_tokens for a in arrivals)
+    assert tokens > 2 * made.kv_tokens
+    slower = made.model_copy(update={"cost": replace(made.cost, stretch=2 * made.cost.stretch)})
+    took = [
+        simulate(m.machine("fcfs"), make_policy("fcfs"), arrivals).summary.duration_s
+        for m in (made, slower)
+    ]
+    assert took[1] == pytest.approx(2 * took[0], rel=0.15)
 
 
 # -- the file -------------------------------------------------------------------------------------
