@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,18 @@ def test_a_calibration_survives_its_file(tmp_path):
     assert Calibration.load(tmp_path / "c.json") == made
     with pytest.raises(ConfigError, match="cannot write"):
         made.save(tmp_path / "no" / "c.json")
+
+
+def test_the_committed_calibration_still_loads():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    made = Calibration.load(results / "calibration-2-cores.json")
+    arrivals = workload(made, 1024, 2)
+    report = json.loads((results / "calibration-2-cores-validation.json").read_text())
+    for policy, run in report["policies"].items():
+        outcome = simulate(made.machine(policy), make_policy(policy), arrivals)
+        assert outcome.summary.raw_tok_s == pytest.approx(
+            run["figures"]["raw_tok_s"]["real"], rel=0.25
+        )
 
 
 @pytest.mark.parametrize(
