@@ -64,6 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     simulate.add_arguments(simulate_parser)
     simulate_parser.set_defaults(run=simulate.run)
+
+    from tokenflow.replicas.simulator import calibrate_command as calibrate
+
+    calibrate_parser = commands.add_parser(
+        "calibrate",
+        help="measure the engine on this machine, for simulations of it",
+        description="Run the engine through a grid of situations and fit a cost model to it.",
+    )
+    calibrate.add_arguments(calibrate_parser)
+    calibrate_parser.set_defaults(run=run_calibrate)
     return parser
 
 
@@ -143,6 +153,15 @@ def run_demo(args: argparse.Namespace) -> int:
     with demo_servers(options) as factory:
         demo.run_demo(factory, options)
     return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from tokenflow.replicas.simulator import calibrate_command
+
+    config = load_config(args.config, {})
+    if config.engine.kv_tokens is None:
+        config = load_config(args.config, {"engine.kv_tokens": args.kv_tokens})
+    return calibrate_command.run(args, config.engine, config.model.directory)
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, ConfigError
+from tokenflow.replicas.executor.base import Executor, KVLayout
 from tokenflow.replicas.executor.checkpoint import (
     ACTIVATION_SHARE,
     ModelSpec,
@@ -98,6 +99,42 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
+def private_host_memory(slots: int, layout: KVLayout, device: str) -> Any:
+    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`.
+
+    Written to at once, because the first touch of a page is dearer than a copy.
+    """
+    import torch
+
+    shape = (slots, layout.block_bytes)
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
+
+
+def build_executor(
+    spec: ModelSpec,
+    config: EngineConfig,
+    *,
+    host_memory: Any = None,
+    device: str = "cpu",
+    num_blocks: int,
+    sharers: int = 1,
+) -> Executor:
+    """Load the model. `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`,
+    or None. Raises CheckpointError."""
+    from tokenflow.replicas.executor.torch_executor import TorchExecutor
+
+    return TorchExecutor(
+        spec,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        device=device,
+        host_memory=host_memory,
+        num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
+        fuse=config.fuse,
+    )
+
+
 def build_engine(
     directory: str | Path,
     config: EngineConfig,
@@ -108,23 +145,16 @@ def build_engine(
     num_blocks: int,
     sharers: int = 1,
 ) -> Engine:
-    """Load the model and return an engine ready to step.
-
-    `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`, or None.
-    """
-    from tokenflow.replicas.executor.torch_executor import TorchExecutor
-
+    """Load the model and return an engine ready to step; `host_memory` as in `build_executor`."""
     spec = inspect_model(directory, config, device)
     tokenizer = load_tokenizer(directory)
-    executor = TorchExecutor(
+    executor = build_executor(
         spec,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        device=device,
+        config,
         host_memory=host_memory,
-        num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
-        fuse=config.fuse,
+        device=device,
+        num_blocks=num_blocks,
+        sharers=sharers,
     )
     return Engine(
         executor,

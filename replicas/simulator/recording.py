@@ -1,0 +1,117 @@
+"""An executor that notes what every step and copy of another executor takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from tokenflow.replicas.executor.base import Executor, ScheduledSequence, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step as a cost model sees it, and what it took."""
+
+    decodes: tuple[int, ...]
+    """Tokens each decoding sequence attends to."""
+    prefills: tuple[tuple[int, int], ...]
+    """(tokens of the chunk, tokens before it)."""
+    seconds: float
+    cpu_s: float
+    """CPU time this thread got in it: less than `seconds` where another process took the core."""
+    overhead_s: float | None
+    """From the end of the step before to the beginning of this one: what the engine does between
+    steps. None when it waited for something in that time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One finished copy job."""
+
+    to_host: bool
+    bytes: int
+    seconds: float
+    """From start to report."""
+    alone: bool
+    """Nothing else ran and its report was waited for, so that `seconds` is the copy's own. The
+    report of another job comes with the end of a step."""
+
+
+@dataclass(slots=True)
+class _Job:
+    to_host: bool
+    bytes: int
+    started_s: float
+    alone: bool
+
+
+class RecordingExecutor:
+    """See the module; implements `Executor` by handing everything on to `inner`."""
+
+    def __init__(self, inner: Executor, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.layout = inner.layout
+        self.num_blocks = inner.num_blocks
+        self.vocab_size = inner.vocab_size
+        self.steps: list[Step] = []
+        self.copies: list[Copy] = []
+        self._inner = inner
+        self._clock = clock
+        self._jobs: dict[int, _Job] = {}
+        self._ended: float | None = None
+        """End of the last step, unless the engine has waited since."""
+
+    def take(self) -> tuple[list[Step], list[Copy]]:
+        """What was recorded since the last call."""
+        taken = self.steps, self.copies
+        self.steps, self.copies = [], []
+        self.pause()
+        return taken
+
+    def pause(self) -> None:
+        """Time from here to the next step is not the engine's own."""
+        self._ended = None
+
+    def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
+        for job in self._jobs.values():
+            job.alone = False
+        cpu, begun = time.thread_time(), self._clock()
+        result = self._inner.execute(batch)
+        ended, cpu = self._clock(), time.thread_time() - cpu
+        decodes = tuple(s.start + 1 for s in batch if len(s.token_ids) == 1)
+        prefills = tuple((len(s.token_ids), s.start) for s in batch if len(s.token_ids) > 1)
+        overhead = None if self._ended is None else begun - self._ended
+        self.steps.append(Step(decodes, prefills, ended - begun, cpu, overhead))
+        self._ended = ended
+        return result
+
+    def offload(self, pairs: Seq[tuple[int, int]]) -> int:
+        return self._start(True, pairs)
+
+    def load(self, pairs: Seq[tuple[int, int]]) -> int:
+        return self._start(False, pairs)
+
+    def _start(self, to_host: bool, pairs: Seq[tuple[int, int]]) -> int:
+        for other in self._jobs.values():
+            other.alone = False
+        alone = not self._jobs
+        begun = self._clock()
+        job_id = self._inner.offload(pairs) if to_host else self._inner.load(pairs)
+        self._jobs[job_id] = _Job(to_host, len(pairs) * self.layout.block_bytes, begun, alone)
+        return job_id
+
+    def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:
+        done = self._inner.poll_transfers(timeout_s)
+        now = self._clock()
+        for job_id, error in done:
+            job = self._jobs.pop(job_id)
+            if error is None:
+                alone = job.alone and timeout_s > 0
+                self.copies.append(Copy(job.to_host, job.bytes, now - job.started_s, alone))
+        if timeout_s > 0:
+            self.pause()
+        return done
+
+    def close(self) -> None:
+        self._inner.close()
