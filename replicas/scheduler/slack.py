@@ -39,6 +39,10 @@ from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_bat
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 
+_PREFILL_SHARE = 4.0
+"""While prompts wait, a step may last this many times its decoding, whatever readers need."""
+
+
 @dataclass(frozen=True, slots=True)
 class SlackParams:
     """Tunables; seconds where the name says so."""
@@ -51,8 +55,6 @@ class SlackParams:
     late_margin: float = 1.5
     """A stream is late when this many times its own remaining steps outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
-    prefill_share: float = 4.0
-    """While prompts wait, a step may last this many times its decoding, whatever readers need."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -203,7 +205,7 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        allowed_s = max(float(patience.min()), self.p.prefill_share * decode_s) - decode_s
+        allowed_s = max(float(patience.min()), _PREFILL_SHARE * decode_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
 
     def _unheld(self, rows: IntArray) -> IntArray:
@@ -297,9 +299,8 @@ class _Pass:
             if self.on_device:
                 growing = len(self.running) - len(gone) + len(admitted)
                 blocks += view.blocks_for(growing * self.p.growth_steps)
-                if self.outlook.parked[row] and not tracker.generated[row]:
-                    # Begun, it would stall half-way; so it begins when it can also end.
-                    blocks += view.blocks_for(int(self.outlook.remaining[row]))
+                if not tracker.generated[row]:
+                    blocks += self._start_headroom(row, admitted)
             if not self._fits(blocks):
                 if victims is None:
                     victims = self._expendable()
@@ -318,6 +319,16 @@ class _Pass:
         if gone or admitted:
             stays = [row for row in self.running.tolist() if row not in gone]
             self.running = np.array(stays + admitted, np.int64)
+
+    def _start_headroom(self, row: int, admitted: list[int]) -> int:
+        """Further blocks that must be free before a request begins."""
+        if self.outlook.parked[row]:
+            # Begun, it would stall half-way; so it begins when it can also end.
+            return self.view.blocks_for(int(self.outlook.remaining[row]))
+        # For so long nobody may have slack enough to make room for the others.
+        rate = self.tracker.rate
+        reading = float(rate[self.running].sum() + rate[admitted].sum())
+        return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 
     def _fits(self, blocks: int) -> bool:
         return self.on_device < self.view.max_num_seqs and self.free >= blocks
