@@ -1,4 +1,4 @@
-"""`tokenflow demo`: one burst, served by `fcfs` and by `tokenflow`, watched reader by reader."""
+"""`tokenflow demo`: one burst, served by `fcfs` and by `slack`, watched reader by reader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tokenflow.loadgen.burst import Burst, BurstRequest, make_burst
 from tokenflow.loadgen.metrics import StreamRecord, Summary, percentile, summarize
 from tokenflow.replicas.errors import TokenFlowError
 
-POLICIES = ("fcfs", "tokenflow")
+POLICIES = ("fcfs", "slack")
 _WARM_UP_REQUESTS = 8
 _SETTLE_S = 0.5
 _REFRESH_S = 0.25

@@ -28,7 +28,7 @@ class Clock:
 
 def fake_engine(
     *,
-    policy: str | Any = "tokenflow",
+    policy: str | Any = "slack",
     blocks: int = 64,
     block_size: int = 4,
     host_slots: int = 256,
@@ -84,7 +84,7 @@ def check_conservation(engine: Engine, host: FakeHost) -> None:
     sequences = list(engine._sequences.values())
     held = [int(b) for s in sequences for b in s.block_ids[: s.num_blocks]]
     assert len(held) == len(set(held)), "a device block has two owners"
-    copied = {b for job in engine._transfers._jobs.values() for b in job.blocks}
+    copied = {b for job in engine._transfers._jobs.values() for b in (*job.blocks, *job.kept)}
     assert engine.pool.free_blocks == engine.pool.num_blocks - len(set(held) | copied)
     slots = [s for seq in sequences for s in seq.host_slots]
     assert len(slots) == len(set(slots)), "a host slot has two owners"

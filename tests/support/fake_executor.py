@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenflow.replicas.executor.base import KVLayout, ScheduledSequence, StepResult
+from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
 
 VOCAB = 251
 
@@ -93,7 +93,7 @@ class FakeExecutor:
                 if error is None:
                     job[2]()
                 self._jobs.remove(job)
-                done.append((job[0], error))
+                done.append(CopyDone(job[0], error, 0.01))
             else:
                 break
         return done

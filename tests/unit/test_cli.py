@@ -291,7 +291,7 @@ def test_serve_stops_what_it_started(monkeypatch, capsys, number):
     out, err = capsys.readouterr()
     assert err == ""
     assert out.startswith("Serving mine (LlamaForCausalLM, ")
-    assert "512 KV tokens each, policy tokenflow" in out
+    assert "512 KV tokens each, policy slack" in out
     assert out.endswith("Stopping...\nStopped.\n")
 
 

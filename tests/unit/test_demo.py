@@ -91,7 +91,7 @@ class FakeServer(ThreadingHTTPServer):
         """Per request: 5 effective tokens and, under tokenflow, 2 preemptions and 1 resume; half of
         it counted by each of two replicas."""
         served = len(self.bodies)
-        moved = served if self._policy == "tokenflow" else 0
+        moved = served if self._policy == "slack" else 0
         stats = EngineStats(
             effective_tokens=2.5 * served,
             preempted_offload=moved,
@@ -155,7 +155,7 @@ def run(tmp_path_factory):
 
 def test_both_policies_get_the_same_burst_after_a_warm_up(run):
     _, _, servers = run
-    assert [policy for policy, _ in servers.made] == ["fcfs", "tokenflow"]
+    assert [policy for policy, _ in servers.made] == ["fcfs", "slack"]
     assert servers.closed == 2
     bursts = []
     for _, server in servers.made:
@@ -170,7 +170,7 @@ def test_both_policies_get_the_same_burst_after_a_warm_up(run):
 def test_the_table_shows_both_policies_side_by_side(run):
     text, report, _ = run
     table = rows(text)
-    assert table[""] == ["fcfs", "tokenflow", "ratio"]
+    assert table[""] == ["fcfs", "slack", "ratio"]
     assert table["preemptions"] == ["0", "6", ""]
     assert table["resumed from host memory"] == ["0", "3", ""]
     assert table["tokens computed again"] == ["0", "42", ""]
@@ -179,7 +179,7 @@ def test_the_table_shows_both_policies_side_by_side(run):
         ("raw throughput, tok/s", lambda r: r["summary"]["raw_tok_s"]),
         ("effective throughput, tok/s", lambda r: r["generated_effective_tok_s"]),
     ):
-        first, second = value(results["fcfs"]), value(results["tokenflow"])
+        first, second = value(results["fcfs"]), value(results["slack"])
         assert table[name] == [f"{first:.0f}", f"{second:.0f}", f"{second / first:.2f}"]
     assert "The same burst, side by side" in text
     assert "A burst of 3 readers at 10 tokens/s, 4 tokens each" in text
@@ -198,7 +198,7 @@ def test_the_report_has_options_machine_and_figures(run):
     assert report["options"]["requests"] == 3 and report["options"]["seed"] == 1
     assert set(report["machine"]) == {"platform", "cpus"}
     assert {"python", "ray", "torch", "transformers"} < set(report["versions"])
-    assert list(report["results"]) == ["fcfs", "tokenflow"]
+    assert list(report["results"]) == ["fcfs", "slack"]
     for policy, result in report["results"].items():
         summary = result["summary"]
         assert result["policy"] == policy
@@ -206,25 +206,25 @@ def test_the_report_has_options_machine_and_figures(run):
         assert set(summary) == set(Summary.__slots__)
         assert result["generated_effective_tok_s"] == pytest.approx(15 / summary["duration_s"])
         assert result["sample"] == "[b]Once[/b] upon"
-    assert report["results"]["tokenflow"]["preemptions"] == 6
+    assert report["results"]["slack"]["preemptions"] == 6
 
 
 def test_progress_is_logged_where_there_is_no_terminal(run):
     text, _, _ = run
-    for policy in ("fcfs", "tokenflow"):
+    for policy in ("fcfs", "slack"):
         assert f"{policy}: starting the server..." in text
         assert f"{policy}    0.0 s  first token " in text
     assert "\x1b" not in text
 
 
 def test_a_terminal_sees_every_reader(monkeypatch):
-    monkeypatch.setattr(demo, "POLICIES", ("tokenflow",))
+    monkeypatch.setattr(demo, "POLICIES", ("slack",))
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     run_demo(Servers(), OPTIONS, console)
     text = console.file.getvalue()
     assert "first token 3/3  done 3" in text
     assert "■■■" in text
-    assert rows(text)[""] == ["tokenflow"]
+    assert rows(text)[""] == ["slack"]
 
 
 def test_a_failed_request_ends_the_demo():
@@ -239,19 +239,19 @@ def test_a_failed_request_ends_the_demo():
 
 
 def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "POLICIES", ("tokenflow",))
+    monkeypatch.setattr(demo, "POLICIES", ("slack",))
     options = replace(OPTIONS, json_path=str(tmp_path / "nowhere" / "out.json"))
     with pytest.raises(TokenFlowError):
         run_demo(Servers(), options, Console(file=io.StringIO()))
 
 
 async def test_metrics_are_summed_over_their_labels():
-    with Servers()("tokenflow") as server:
+    with Servers()("slack") as server:
         found = await read_metrics(server.url)
     assert found["tokenflow_preemptions_total"] == 0
     assert found["tokenflow_time_to_first_token_seconds_count"] == 0
     servers = Servers()
-    with servers("tokenflow") as server:
+    with servers("slack") as server:
         servers.made[0][1].bodies += [{}] * 5
         found = await read_metrics(server.url)
     assert found["tokenflow_effective_tokens_total"] == 25
@@ -336,7 +336,7 @@ def test_the_live_view_before_anything_was_sent():
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_live_view_fits_a_terminal(width):
-    text = shown(live_view("tokenflow", [DONE] * 64, 1100.0, 97.5, LENGTH), width=width)
+    text = shown(live_view("slack", [DONE] * 64, 1100.0, 97.5, LENGTH), width=width)
     assert len(text.splitlines()) == 5
 
 
@@ -349,7 +349,7 @@ def result(policy: str, ttft_s: float, effective: float) -> Result:
 
 
 def test_ratios_are_the_second_over_the_first():
-    table = rows(shown(comparison([result("fcfs", 8, 50), result("tokenflow", 2, 75)])))
+    table = rows(shown(comparison([result("fcfs", 8, 50), result("slack", 2, 75)])))
     assert table["TTFT mean, s"] == ["8.00", "2.00", "0.25"]
     assert table["TTFT P99, s"] == ["8.00", "2.00", "0.25"]
     assert table["effective throughput, tok/s"] == ["50", "75", "1.50"]
@@ -363,7 +363,7 @@ def test_ratios_are_the_second_over_the_first():
 
 
 def test_a_ratio_to_nothing_is_left_out():
-    table = rows(shown(comparison([result("fcfs", 0, 0), result("tokenflow", 2, 75)])))
+    table = rows(shown(comparison([result("fcfs", 0, 0), result("slack", 2, 75)])))
     assert table["TTFT mean, s"] == ["0.00", "2.00", ""]
     assert table["effective throughput, tok/s"] == ["0", "75", ""]
     assert not math.isnan(float(table["duration, s"][0]))

@@ -14,12 +14,12 @@ from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.request import State
 from tokenflow.replicas.scheduler.fcfs import FCFSPolicy
 from tokenflow.replicas.scheduler.policy import Preempt, compose_batch
-from tokenflow.replicas.scheduler.tokenflow import TokenFlowPolicy
+from tokenflow.replicas.scheduler.slack import SlackPolicy
 
 PROMPTS = [[(7 * i + j) % 250 + 1 for j in range(3 + 5 * i)] for i in range(6)]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "tokenflow"])
+@pytest.mark.parametrize("policy", ["fcfs", "slack"])
 def test_outputs_are_right_with_room_to_spare(policy):
     engine, executor, host, _ = fake_engine(policy=policy)
     for i, prompt in enumerate(PROMPTS):
@@ -30,7 +30,7 @@ def test_outputs_are_right_with_room_to_spare(policy):
         assert events[f"r{i}"][-1].finish_reason == "length"
     assert any(len(step) > 1 for step in executor.steps), "nothing was batched"
     assert any(any(n > 1 for _, n in s) and any(n == 1 for _, n in s) for s in executor.steps) == (
-        policy == "tokenflow"
+        policy == "slack"
     )
 
 
@@ -43,7 +43,7 @@ def test_long_prompts_are_prefilled_in_chunks():
     assert [n for step in executor.steps for _, n in step][:5] == [16, 16, 16, 16, 6]
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "tokenflow"])
+@pytest.mark.parametrize("policy", ["fcfs", "slack"])
 @pytest.mark.parametrize("delay", [0, 3])
 def test_outputs_survive_memory_pressure(policy, delay):
     engine, _, host, _ = fake_engine(policy=policy, blocks=24, block_size=4, delay=delay)
@@ -52,7 +52,7 @@ def test_outputs_survive_memory_pressure(policy, delay):
     events = run_to_end(engine, host)
     for i in range(12):
         assert tokens_of(events[f"r{i}"]) == expected_output(PROMPTS[i % 3], 40)
-    if policy == "tokenflow":
+    if policy == "slack":
         assert engine.stats.preempted_offload > 0
         assert engine.stats.resumes > 0
         assert engine.stats.loaded_bytes > 0
@@ -60,7 +60,7 @@ def test_outputs_survive_memory_pressure(policy, delay):
 
 def test_a_late_request_gets_its_first_token_before_the_early_ones_end():
     firsts = {}
-    for policy in ("fcfs", "tokenflow"):
+    for policy in ("fcfs", "slack"):
         engine, *_ = fake_engine(policy=policy, blocks=24, block_size=4, tick=0.02)
         for i in range(8):
             engine.add(make_request(f"r{i}", PROMPTS[0], 60, rate=2.0))
@@ -74,7 +74,7 @@ def test_a_late_request_gets_its_first_token_before_the_early_ones_end():
                     order.append(("end", event.request_id))
         ended = order.index(next(o for o in order if o[0] == "end"))
         firsts[policy] = sum(what == "first" for what, _ in order[:ended])
-    assert firsts["tokenflow"] == 8 > firsts["fcfs"]
+    assert firsts["slack"] == 8 > firsts["fcfs"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_duplicate_ids_are_refused():
 
 
 def test_a_policy_that_never_admits_cannot_kill_a_stream():
-    class Lazy(TokenFlowPolicy):
+    class Lazy(SlackPolicy):
         def plan(self, view, now):
             plan = FCFSPolicy().plan(view, now)
             plan.admit.clear()

@@ -28,7 +28,7 @@ def prompts() -> list[list[int]]:
     return [torch.randint(2, 500, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def build(path, *, blocks, policy="tokenflow", fuse=True, block_size=8, batch_tokens=48):
+def build(path, *, blocks, policy="slack", fuse=True, block_size=8, batch_tokens=48):
     spec = inspect_checkpoint(path)
     host_slots = 400
     host = torch.zeros(host_slots, spec.kv_layout(block_size).block_bytes, dtype=torch.uint8)
@@ -74,12 +74,12 @@ def test_batched_chunked_greedy_equals_generate(checkpoint, fuse):
         assert out[f"{i}"] == reference(checkpoint, prompt, TOKENS)
 
 
-@pytest.mark.parametrize("policy", ["tokenflow", "fcfs"])
+@pytest.mark.parametrize("policy", ["slack", "fcfs"])
 def test_greedy_survives_preemption(checkpoint, policy):
     engine = build(checkpoint, blocks=30, policy=policy)
     requests = [make_request(f"{i}", p, TOKENS, rate=0.5) for i, p in enumerate(prompts())]
     out = run(engine, requests)
-    if policy == "tokenflow":
+    if policy == "slack":
         assert engine.stats.preempted_offload > 0
         assert engine.stats.resumes > 0
     else:
