@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cluster
 
 TOKENS = 96
 SLOW = 2
-"""tokens/s: its tokens travel a few messages at a time."""
+"""tokens/s: tokens for such a reader travel together."""
 
 
 def body(server, **changes):
@@ -91,7 +91,8 @@ async def test_max_streams_next_to_readers(server):
     assert {tokens for _, _, tokens in results} == {TOKENS}
     assert len({text for text, _, _ in results}) == 1
     slow, fast = [[m for _, m, _ in part] for part in (results[:2], results[2:])]
-    assert min(fast) > 2 * max(slow), (slow, fast)
+    # Each of their tokens travels alone, but for what piles up in a busy ingress.
+    assert min(fast) > max(TOKENS / 2, *slow), (slow, fast)
     assert highest > 0
     await asyncio.to_thread(server.wait_idle)
 
