@@ -1,6 +1,6 @@
 """How far halving or doubling each tunable of the default policy moves effective throughput.
 
-Run: python benchmarks/scheduler/sensitivity.py [--setting NAMES] [--seed N] [--jobs N] [--json FILE]
+Run: python benchmarks/scheduler/sensitivity.py [--setting NAMES] [--seed N] [--json FILE]
 """
 
 from __future__ import annotations
