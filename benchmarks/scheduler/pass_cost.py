@@ -9,6 +9,7 @@ Run: python benchmarks/scheduler/pass_cost.py [--policy NAMES] [--json FILE] [--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -64,10 +65,8 @@ def pass_ms(name: str, active: int) -> dict[str, float]:
     )
     arrivals = requests(burst(active), 64, 2048, [(20.0, 1.0)], random.Random(1))
     timed = Timed(make_policy(name), active)
-    try:
+    with contextlib.suppress(Enough):
         simulate(machine, timed, arrivals)
-    except Enough:
-        pass
     ordered = sorted(timed.seconds)
     return {
         "passes": len(ordered),
