@@ -15,12 +15,11 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    last seconds of a burst are spent on a handful of streams.
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room.
-
 5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
    more of the device on decoding than on prompts.
 
-Consumers that are no readers are never held; their rate is a reference that the engine moves with
-the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules are ours]
+Outputs are taken to be as long as their limit. Consumers that are no readers are never held; their
+rate is a reference that the engine moves with the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules are ours]
 """
 
 from __future__ import annotations
