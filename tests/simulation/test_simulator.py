@@ -82,9 +82,9 @@ def test_copies_take_their_time_on_their_own_direction():
     out = executor.offload([(i, i) for i in range(10)])
     back = executor.load([(i, i) for i in range(5)])
     assert executor.poll_transfers() == []
-    assert executor.poll_transfers(timeout_s=1.0) == [(back, None)]
+    assert executor.poll_transfers(timeout_s=1.0) == [(back, None, pytest.approx(5 * block_s))]
     assert clock() == pytest.approx(5 * block_s)
-    assert executor.poll_transfers(timeout_s=1.0) == [(out, None)]
+    assert executor.poll_transfers(timeout_s=1.0) == [(out, None, pytest.approx(10 * block_s))]
     assert clock() == pytest.approx(10 * block_s)
 
 

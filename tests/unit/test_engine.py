@@ -87,13 +87,12 @@ def test_cancel_frees_everything_in_every_state(state):
     if state is not State.WAITING:
         while not seq.decoding:
             engine.step()
-    now = engine._clock()
     if state in (State.OFFLOADING, State.PREEMPTED, State.LOADING):
-        engine._preempt(seq, Preempt.OFFLOAD, now)
+        engine._preempt(seq, Preempt.OFFLOAD)
         while state is not State.OFFLOADING and seq.state is State.OFFLOADING:
             engine.wait_for_transfers(0)
     if state is State.LOADING:
-        engine._resume(seq, now)
+        engine._resume(seq)
     assert seq.state is state
     assert engine.cancel("a")
     check_conservation(engine, host)
@@ -110,16 +109,16 @@ def test_a_failed_copy_means_recompute_never_wrong_text():
     while len(seq.output_ids) < 10:
         engine.step()
     executor.fail_next_job = True
-    engine._preempt(seq, Preempt.OFFLOAD, engine._clock())
+    engine._preempt(seq, Preempt.OFFLOAD)
     while len(seq.output_ids) < 20:
         engine.step()
     while engine._transfers.active:
         engine.wait_for_transfers(0)
-    engine._preempt(seq, Preempt.OFFLOAD, engine._clock())
+    engine._preempt(seq, Preempt.OFFLOAD)
     while seq.state is not State.PREEMPTED:
         engine.wait_for_transfers(0)
     executor.fail_next_job = True
-    engine._resume(seq, engine._clock())
+    engine._resume(seq)
     events = [e for e in engine.take_events()]
     rest = run_to_end(engine, host)["a"]
     assert tokens_of(events + rest) == expected_output(PROMPTS[2], 40)
@@ -201,7 +200,7 @@ def test_a_policy_that_never_admits_cannot_kill_a_stream():
         def plan(self, view, now):
             plan = FCFSPolicy().plan(view, now)
             plan.admit.clear()
-            plan.batch = compose_batch(view.running, view.max_batch_tokens)
+            plan.batch = compose_batch(view, view.running())
             return plan
 
     engine, _, host, _ = fake_engine(policy=Lazy())
