@@ -235,6 +235,9 @@ class _Pass:
                 stays[i] = False
                 need -= int(growth[i])
                 self._preempt(_victims(self.view, running[i : i + 1], self.outlook)[0])
+            if need > self.free:
+                # The last one goes on when the blocks of the others have been copied.
+                stays[:] = False
             self.running = running[stays]
         self.free -= min(need, self.free)
 
@@ -350,6 +353,9 @@ class _Pass:
         hungry = outlook.hungry[rows] & ~urgent & ~late
         yield from self._in_turn(rows[hungry & ~parked], only_held=True)
         yield from self._in_turn(rows[hungry & parked], only_held=True)
+        if not self.on_device:
+            # Nobody has need of it, but a device is not left idle.
+            yield from self._in_turn(rows[~urgent & ~late & ~hungry])
 
     def _in_turn(
         self, rows: IntArray, *, only_held: bool = False
