@@ -201,7 +201,7 @@ class Run:
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_streams_are_right_memory_is_conserved_and_plans_can_be_done(policy, data):
     Run(data.draw(scenarios(policy)), policy).run().check_streams()
