@@ -7,11 +7,14 @@ clock, no tasks.
 
 from __future__ import annotations
 
+import math
+
 from tokenflow.replicas.scheduler.playback import Playback
 
 
 class StreamCoalescer:
-    """Decides for one stream; all times in seconds of one monotonic clock.
+    """Decides for one stream; all times in seconds of one monotonic clock. `rate` in tokens/s;
+    infinite = no reader, for whom nothing is held back.
 
     A token is never held longer than `max_delay_s`, and never while what the client has would last
     less than `lead_s`, so holding tokens back cannot make a reader stall.
@@ -20,7 +23,7 @@ class StreamCoalescer:
     __slots__ = ("_client", "_lead_s", "_max_delay_s", "_oldest", "_pending")
 
     def __init__(self, rate: float, *, max_delay_s: float = 0.25, lead_s: float = 0.25) -> None:
-        self._client = Playback(rate)
+        self._client = None if rate == math.inf else Playback(rate)
         self._max_delay_s = max_delay_s
         self._lead_s = lead_s
         self._pending = 0
@@ -41,7 +44,7 @@ class StreamCoalescer:
         """When the pending tokens must go (possibly in the past), None when there are none."""
         if not self._pending:
             return None
-        if not self._client.generated:
+        if self._client is None or not self._client.generated:
             return now
         comfortable_until = now + self._client.slack_s(now) - self._lead_s
         return min(self._oldest + self._max_delay_s, comfortable_until)
@@ -53,6 +56,6 @@ class StreamCoalescer:
 
     def sent(self, now: float) -> None:
         """All pending tokens were handed over."""
-        if self._pending:
+        if self._pending and self._client is not None:
             self._client.generate(now, self._pending)
         self._pending = 0

@@ -41,7 +41,10 @@ _GAUGES = {
     "now_free_blocks": ("tokenflow_kv_free_blocks", "Free device KV blocks."),
     "now_total_blocks": ("tokenflow_kv_total_blocks", "Device KV blocks."),
     "now_free_host_slots": ("tokenflow_host_free_slots", "Host KV slots at hand."),
-    "now_rate": ("tokenflow_declared_rate", "Sum of declared token rates, tokens/s."),
+    "now_rate": (
+        "tokenflow_declared_rate",
+        "Sum of declared token rates, tokens/s; without a reader, the rate aimed at.",
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from tokenflow.cluster.routing import Load, rank
+from tokenflow.cluster.routing import Load, counted_rate, rank
 
 
 class ReplicaRegistry:
@@ -30,18 +30,20 @@ class ReplicaRegistry:
         return self._replicas
 
     def assign(self, request_id: str, rate: float, candidates: Iterable[str]) -> list[str]:
-        """Rank the candidates for a request and count it on the best one from now on.
+        """Rank the candidates for a request and count it on the best one from now on. `rate` in
+        tokens/s; infinite = no reader.
 
         Counting at the moment of choice keeps a burst from landing on one replica.
         """
         with self._lock:
             self._remove(request_id)
-            order = rank(candidates, self._loads)
+            order = rank(candidates, self._loads, rate)
             if order:
-                self._assigned[request_id] = (order[0], rate)
+                counted = counted_rate(rate)
+                self._assigned[request_id] = (order[0], counted)
                 load = self._loads.setdefault(order[0], Load())
                 load.streams += 1
-                load.rate += rate
+                load.rate += counted
             return order
 
     def finish(self, request_id: str) -> None:

@@ -49,6 +49,7 @@ class Stream:
         self.prompt_ids = prompt_ids
         self.params = params
         self.token_rate = token_rate
+        """tokens/s; infinite = no reader."""
         self.token_ids: list[int] = []
         """All tokens received so far."""
         self.finish_reason: str | None = None
@@ -96,7 +97,8 @@ class Stream:
         self, max_delay_s: float, heartbeat_s: float | None = None
     ) -> AsyncGenerator[list[TokenEvent], None]:
         """Events in batches as the reader needs them: the first at once, later ones together while
-        its buffer is comfortable, never held longer than `max_delay_s`. Ends after the last event.
+        its buffer is comfortable, never held longer than `max_delay_s`, and never without a reader.
+        Ends after the last event.
 
         With `heartbeat_s`, an empty batch comes whenever there was nothing for that long.
 

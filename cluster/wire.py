@@ -21,6 +21,7 @@ class Submission:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     token_rate: float
+    """tokens/s; infinite = no reader."""
     resumed_ids: tuple[int, ...] = ()
     waited_s: float = 0.0
     """Seconds since the client's request arrived, so that order of arrival survives a move."""

@@ -34,7 +34,7 @@ class BurstRequest:
     message: str
     max_tokens: int
     token_rate: float
-    """tokens/s"""
+    """tokens/s; infinite = no reader."""
     seed: int
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ async def stream_chat(
         **body,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        "token_rate": record.token_rate,
+        "token_rate": "max" if record.token_rate == math.inf else record.token_rate,
     }
     record.sent_s = time.monotonic()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.scheduler.registry import make_policy
@@ -67,10 +67,22 @@ class EngineConfig(BaseModel):
     )
     fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
 
-    @model_validator(mode="after")
-    def _policy_exists(self) -> EngineConfig:
-        try:
-            make_policy(self.policy, self.policy_params)
-        except ConfigError as error:
-            raise ValueError(str(error).removesuffix(".")) from None
-        return self
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, name: str) -> str:
+        _make(name, {})
+        return name
+
+    @field_validator("policy_params")
+    @classmethod
+    def _known_params(cls, params: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        if "policy" in info.data:
+            _make(info.data["policy"], params)
+        return params
+
+
+def _make(name: str, params: dict[str, float]) -> None:
+    try:
+        make_policy(name, params)
+    except ConfigError as error:
+        raise ValueError(str(error).removesuffix(".")) from None

@@ -47,7 +47,8 @@ class EngineStats:
     now_total_blocks: int = 0
     now_free_host_slots: int = 0
     now_rate: float = 0.0
-    """Sum of the declared rates of unfinished requests, tokens/s."""
+    """Sum of the declared rates of unfinished requests, tokens/s; finite: a request without a
+    reader counts with its reference rate."""
 
     @property
     def preemptions(self) -> int:

@@ -76,9 +76,7 @@ class Transfers:
     def queued(self, *, to_host: bool) -> int:
         """Blocks on their way in that direction."""
         return sum(
-            len(job.blocks)
-            for job in self._jobs.values()
-            if (job.kind is not Kind.LOAD) == to_host
+            len(job.blocks) for job in self._jobs.values() if (job.kind is not Kind.LOAD) == to_host
         )
 
     def pending(self, kind: Kind) -> bool:

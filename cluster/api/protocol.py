@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -66,6 +66,7 @@ class Call:
     messages: tuple[Message, ...]
     sampling: Sampling
     token_rate: float
+    """tokens/s; infinite = as fast as it can be had, by no reader."""
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -108,7 +109,7 @@ class _Common(_Strict):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    token_rate: Number | None = None
+    token_rate: Number | Literal["max"] | None = None
     request_id: Annotated[str, Field(max_length=MAX_REQUEST_ID_CHARS)] | None = None
     user: str | None = None
 
@@ -139,6 +140,7 @@ class _Chat(_Common):
 
 
 _Request = TypeVar("_Request", bound=BaseModel)
+_OTHER_RATES = ', "max" (no reader) or null (the default)'
 _CHAT_UNSUPPORTED = ("tools", "functions", "audio")
 
 
@@ -184,7 +186,7 @@ def parse_completion(
     header_rate: str | None = None,
 ) -> Call:
     """A /v1/completions request. Raises InvalidRequestError."""
-    request = _validate(_Completion, body)
+    request = _validate(_Completion, body, limits)
     check_model(request.model, model_names)
     n = request.n if request.n is not None else 1
     if request.best_of is not None and request.best_of != n:
@@ -218,7 +220,7 @@ def parse_chat(
     response_format = body.get("response_format")
     if response_format is not None and response_format != {"type": "text"}:
         _unsupported("response_format")
-    request = _validate(_Chat, body)
+    request = _validate(_Chat, body, limits)
     check_model(request.model, model_names)
     n = request.n if request.n is not None else 1
     _check_choices(n, 1, limits)
@@ -287,17 +289,25 @@ def build_sampling(
     )
 
 
-def check_rate(rate: float | None, limits: Limits) -> float:
-    """The declared rate in tokens/s, or the default. Raises InvalidRequestError."""
-    if rate is None:
-        return limits.default_token_rate
-    if not math.isfinite(rate) or not limits.min_token_rate <= rate <= limits.max_token_rate:
-        _reject(
-            f"token_rate must be between {limits.min_token_rate:g} and "
-            f"{limits.max_token_rate:g} tokens/s, got {rate:g}.",
-            "token_rate",
-            "invalid_value",
-        )
+def check_rate(rate: float, limits: Limits, others: str) -> float:
+    """A reading speed in tokens/s. Raises InvalidRequestError, which names `others` as well: what
+    may be given in its place."""
+    if not limits.min_token_rate <= rate <= limits.max_token_rate:
+        _refuse_rate("token_rate", limits, others, got=f"{rate:g}")
+    return rate
+
+
+def text_rate(text: str, where: str, limits: Limits) -> float:
+    """The rate of a header or of metadata (`where`): tokens/s, infinite for "max". Raises
+    InvalidRequestError."""
+    if text == "max":
+        return math.inf
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not limits.min_token_rate <= rate <= limits.max_token_rate:
+        _refuse_rate(where, limits, ' or "max" (no reader)', got=repr(text[:_SHOWN_CHARS]))
     return rate
 
 
@@ -336,7 +346,7 @@ def check_stops(stop: tuple[str, ...], limits: Limits) -> tuple[str, ...]:
 # -- the pieces -----------------------------------------------------------------------------------
 
 
-def _validate(model: type[_Request], body: Mapping[str, Any]) -> _Request:
+def _validate(model: type[_Request], body: Mapping[str, Any], limits: Limits) -> _Request:
     try:
         return model.model_validate(body)
     except ValidationError as error:
@@ -344,6 +354,8 @@ def _validate(model: type[_Request], body: Mapping[str, Any]) -> _Request:
         param = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"])
         kind = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+        if param == "token_rate":
+            _refuse_rate(param, limits, _OTHER_RATES, code="invalid_type")
         raise InvalidRequestError(f"{where}: {first['msg']}.", param=param, code=kind) from None
     except RecursionError:
         _reject("The body is nested too deeply.", None, "invalid_json")
@@ -411,19 +423,24 @@ def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict
     options = request.stream_options
     if options is not None and not request.stream:
         _reject("stream_options is only allowed when stream is true.", "stream_options")
-    rate: float | None = request.token_rate
-    if rate is None and header_rate is not None:
-        try:
-            rate = float(header_rate)
-        except ValueError:
-            _reject("The header X-Token-Rate must be a number.", "token_rate")
     return {
-        "token_rate": check_rate(rate, limits),
+        "token_rate": _rate(request, limits, header_rate),
         "stream": bool(request.stream),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.continuous_usage_stats),
         "request_id": request.request_id or None,
     }
+
+
+def _rate(request: _Common, limits: Limits, header: str | None) -> float:
+    rate = request.token_rate
+    if isinstance(rate, str):
+        return math.inf
+    if rate is not None:
+        return check_rate(rate, limits, _OTHER_RATES)
+    if header is not None:
+        return text_rate(header, "The header X-Token-Rate", limits)
+    return limits.default_token_rate
 
 
 def _sampling(
@@ -482,6 +499,17 @@ def _too_long_context(limit: int, prompt_tokens: int, max_tokens: int | None) ->
         f"{prompt_tokens} tokens{asked}. Shorten the prompt or lower max_tokens.",
         "max_tokens" if max_tokens is not None else None,
         "context_length_exceeded",
+    )
+
+
+def _refuse_rate(
+    where: str, limits: Limits, others: str, *, got: str = "", code: str = "invalid_value"
+) -> NoReturn:
+    _reject(
+        f"{where} must be a number from {limits.min_token_rate:g} to {limits.max_token_rate:g} "
+        f"(tokens/s){others}{got and f', got {got}'}.",
+        "token_rate",
+        code,
     )
 
 

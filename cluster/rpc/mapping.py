@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -19,6 +20,7 @@ from tokenflow.cluster.api.protocol import (
     check_rate,
     check_role,
     check_stops,
+    text_rate,
 )
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2 as pb
@@ -59,7 +61,7 @@ def call_from(
 ) -> Call:
     """The call of a GenerateRequest. Raises InvalidRequestError.
 
-    `metadata_rate` is the value of the `x-token-rate` metadata; the field in the message wins.
+    `metadata_rate` is the value of the `x-token-rate` metadata; the fields in the message win.
     """
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequestError(
@@ -67,14 +69,6 @@ def call_from(
         )
     model = request.model or next(iter(model_names))
     check_model(model, model_names)
-    rate: float | None = request.token_rate if request.HasField("token_rate") else None
-    if rate is None and metadata_rate is not None:
-        try:
-            rate = float(metadata_rate)
-        except ValueError:
-            raise InvalidRequestError(
-                "The metadata x-token-rate must be a number.", param="token_rate"
-            ) from None
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[Message, ...] = ()
     kind = request.WhichOneof("input")
@@ -93,10 +87,26 @@ def call_from(
         prompts=prompts,
         messages=messages,
         sampling=_sampling(request.sampling, limits),
-        token_rate=check_rate(rate, limits),
+        token_rate=_rate(request, limits, metadata_rate),
         stream=True,
         request_id=request.request_id or None,
     )
+
+
+def _rate(request: pb.GenerateRequest, limits: Limits, metadata: str | None) -> float:
+    if request.as_fast_as_possible:
+        if request.HasField("token_rate"):
+            raise InvalidRequestError(
+                "as_fast_as_possible and token_rate exclude each other: a consumer that is no "
+                "reader has no reading speed.",
+                param="as_fast_as_possible",
+            )
+        return math.inf
+    if request.HasField("token_rate"):
+        return check_rate(request.token_rate, limits, "; without a reader set as_fast_as_possible")
+    if metadata is not None:
+        return text_rate(metadata, "The metadata x-token-rate", limits)
+    return limits.default_token_rate
 
 
 def _sampling(message: pb.SamplingParams, limits: Limits) -> Sampling:

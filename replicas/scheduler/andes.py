@@ -71,9 +71,7 @@ class AndesPolicy:
         produced = tracker.generated[rows]
         gap = 1.0 / tracker.rate[rows]
         on_device = view.running()
-        step_s = view.cost.step_s(
-            max(1, len(on_device)), float(tracker.context[on_device].sum())
-        )
+        step_s = view.cost.step_s(max(1, len(on_device)), float(tracker.context[on_device].sum()))
         expected = (elapsed + p.horizon_s) / gap
         made = produced + p.horizon_s / np.maximum(gap, step_s)
         ahead = (produced > 0) & (elapsed < p.target_ttft_s + produced * gap)

@@ -1,5 +1,4 @@
-"""How many tokens per second the device can make for the requests it has, and who may claim them.
-"""
+"""How many tokens per second the device can make, and who may claim them."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class FCFSPolicy:
         tracker = view.tracker
         expected = int((self._later_blocks(view, running) - tracker.blocks[running]).clip(0).sum())
         waiting = view.waiting()[: view.max_num_seqs - view.on_device()]
-        admitted = []
+        admitted: list[int] = []
         needs, laters = view.blocks_needed(waiting), self._later_blocks(view, waiting)
         for row, need, later in zip(waiting.tolist(), needs, laters, strict=True):
             alone = not len(running) and not admitted

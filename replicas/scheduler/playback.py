@@ -106,7 +106,8 @@ def token_weights(
 ) -> NDArray[np.float64]:
     """`token_weight` over arrays of the same shape."""
     low = np.maximum(FULL_WEIGHT_SHARE * output_tokens, 1e-9)
-    return np.clip(2.0 - buffers / low, 0.0, 1.0)
+    weights: NDArray[np.float64] = np.clip(2.0 - buffers / low, 0.0, 1.0)
+    return weights
 
 
 def buffers_at_generation(times: list[float], rate: float) -> list[int]:

@@ -80,23 +80,27 @@ class View:
 
     def blocks_needed(self, rows: IntArray) -> IntArray:
         """Blocks each takes to come onto the device: all its tokens and the next one."""
-        return self.tracker.context[rows] // self.block_size + 1
+        blocks: IntArray = self.tracker.context[rows] // self.block_size + 1
+        return blocks
 
     def growth(self, rows: IntArray) -> IntArray:
         """Blocks each running one lacks for its next step."""
         tracker = self.tracker
         filled = (tracker.context[rows] - 1) // self.block_size + 1
-        return np.maximum(filled - tracker.blocks[rows], 0)
+        growth: IntArray = np.maximum(filled - tracker.blocks[rows], 0)
+        return growth
 
     def released_now(self, rows: IntArray) -> IntArray:
         """Blocks that are free as soon as each is preempted for offload."""
-        return np.minimum(self.tracker.synced[rows], self.tracker.blocks[rows])
+        released: IntArray = np.minimum(self.tracker.synced[rows], self.tracker.blocks[rows])
+        return released
 
     def slots_to_offload(self, rows: IntArray) -> IntArray:
         """Host slots the offload of each still needs."""
         tracker = self.tracker
         filled = (tracker.computed[rows] + self.block_size - 1) // self.block_size
-        return np.maximum(filled - tracker.slots[rows], 0)
+        missing: IntArray = np.maximum(filled - tracker.slots[rows], 0)
+        return missing
 
 
 @dataclass(slots=True)

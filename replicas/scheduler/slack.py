@@ -38,7 +38,6 @@ from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
-
 _PREFILL_SHARE = 4.0
 """While prompts wait, a step may last this many times its decoding, whatever readers need."""
 
@@ -355,7 +354,7 @@ class _Pass:
         yield from self._in_turn(rows[hungry & parked], only_held=True)
         if not self.on_device:
             # Nobody has need of it, but a device is not left idle.
-            yield from self._in_turn(rows[~urgent & ~late & ~hungry])
+            yield from self._in_turn(rows[~(urgent | late | hungry)])
 
     def _in_turn(
         self, rows: IntArray, *, only_held: bool = False

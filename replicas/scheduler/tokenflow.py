@@ -11,10 +11,11 @@ steps are run; otherwise prefills simply go first.
 
 A member comes back by load or by recompute, whichever is quicker. [TokenFlow §4.1-§4.3]
 
-Where the paper is silent or reads two ways: the utility's buffer term enters as what *not* running would cost, since
-with the printed sign an empty buffer would speak against running; beta is the memory of a request
-half-way through its output; the bound `M / beta` grows by the places that can be switched, as its
-scaling is given without a formula; Gamma is that of the streams as they are now.
+Where the paper is silent or can be read in two ways: the utility's buffer term enters as what *not*
+running would cost, since with the printed sign an empty buffer would speak against running; beta is
+the memory of a request half-way through its output; the bound `M / beta` grows by the places that
+can be switched, as its scaling is given without a formula; Gamma is that of the streams as they are
+now.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from tokenflow.replicas.request import State
 from tokenflow.replicas.scheduler.playback import token_weights
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
-from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray
+from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 _SWAP_WINDOW = 16
 """Neighbours either side of the first misfit that the local search tries to swap."""
@@ -77,19 +78,18 @@ class TokenFlowPolicy:
         cost = view.cost
         needs = view.blocks_needed(rows)
         evict = cost.offload_s(view.offload_queue)
-        seconds: FloatArray = evict + cost.load_s(view.load_queue) + cost.load_s(1) * needs
-        return seconds
+        queues_s = evict + cost.load_s(view.load_queue)
+        return np.asarray(queues_s + cost.load_s(1) * needs, np.float64)
 
     def _recompute_s(self, view: View, rows: IntArray) -> FloatArray:
-        seconds: FloatArray = view.cost.prefill_s(1) * view.tracker.context[rows]
-        return seconds
+        return np.asarray(view.cost.prefill_s(1) * view.tracker.context[rows], np.float64)
 
-    def _covers_switch(self, view: View, rows: IntArray, now: float) -> FloatArray:
+    def _covers_switch(self, view: View, rows: IntArray, now: float) -> BoolArray:
         """Whether each buffer covers being switched out: mu * r * (evict + load + schedule)."""
         cost = view.cost
         left = view.tracker.blocks[rows] - view.released_now(rows)
         switch_s = cost.offload_s(1) * left + self._load_s(view, rows) + self.params.interval_s
-        covers: FloatArray = view.slack_s(rows, now) >= self.params.conservativeness * switch_s
+        covers: BoolArray = view.slack_s(rows, now) >= self.params.conservativeness * switch_s
         return covers
 
     def _critical(self, view: View, preempted: IntArray, now: float) -> bool:
@@ -152,10 +152,10 @@ class TokenFlowPolicy:
         fit = min(view.kv_tokens / context, len(view.tracker), view.max_num_seqs)
         return view.cost.capacity(max(fit, 1.0), context)
 
-    def _movable(self, view: View, running: IntArray, now: float) -> FloatArray:
+    def _movable(self, view: View, running: IntArray, now: float) -> BoolArray:
         tracker = view.tracker
         decoding = tracker.context[running] - tracker.computed[running] == 1
-        movable: FloatArray = decoding & self._covers_switch(view, running, now)
+        movable: BoolArray = decoding & self._covers_switch(view, running, now)
         return movable
 
     def _joining(
@@ -202,15 +202,11 @@ class TokenFlowPolicy:
         chosen = _pack(ranked, needs, utility, room, places)
         if not chosen.any() and not fixed:
             # Alone it need not have room to grow.
-            chosen = _pack(
-                ranked, view.blocks_needed(candidates), utility, room, min(places, 1)
-            )
+            chosen = _pack(ranked, view.blocks_needed(candidates), utility, room, min(places, 1))
         for row in movable[~chosen[: len(movable)]].tolist():
             rows = np.array([row])
             free += self._leave(view, rows, plan) + int(view.growth(rows)[0])
-        kept = np.concatenate(
-            [np.setdiff1d(running, movable), movable[chosen[: len(movable)]]]
-        )
+        kept = np.concatenate([np.setdiff1d(running, movable), movable[chosen[: len(movable)]]])
         kept = kept[np.argsort(tracker.entered[kept])]
         return self._enter(view, kept, candidates, needs, chosen, ranked, len(movable), free, plan)
 
@@ -220,7 +216,7 @@ class TokenFlowPolicy:
         running: IntArray,
         candidates: IntArray,
         needs: IntArray,
-        chosen: FloatArray,
+        chosen: BoolArray,
         ranked: IntArray,
         num_movable: int,
         free: int,
@@ -228,7 +224,7 @@ class TokenFlowPolicy:
     ) -> IntArray:
         """Bring the chosen ones on as far as blocks are free now; the rest comes next time."""
         tracker = view.tracker
-        admitted = []
+        admitted: list[int] = []
         for i in ranked.tolist():
             if i < num_movable or not chosen[i]:
                 continue
@@ -306,7 +302,7 @@ class TokenFlowPolicy:
 
 def _pack(
     ranked: IntArray, needs: IntArray, utility: FloatArray, room: int, places: int
-) -> FloatArray:
+) -> BoolArray:
     """Which entries to take: greedily in order, then with neighbours swapped near the first misfit
     while the total utility rises."""
     best, total, misfit = _greedy(ranked, needs, utility, room, places)
@@ -325,7 +321,7 @@ def _pack(
 
 def _greedy(
     order: IntArray, needs: IntArray, utility: FloatArray, room: int, places: int
-) -> tuple[FloatArray, float, int | None]:
+) -> tuple[BoolArray, float, int | None]:
     """Take entries in order as they fit; (taken, total utility, first place that did not fit)."""
     taken = np.zeros(len(order), bool)
     total = 0.0

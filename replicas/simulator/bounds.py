@@ -120,13 +120,7 @@ def _effective(arrivals: Seq[Arrival], begun: float, shortest: float) -> float:
     """
 
     def tokens_by(duration: float) -> float:
-        return sum(
-            min(
-                a.output_tokens,
-                _readable(a, begun + duration)
-            )
-            for a in arrivals
-        )
+        return sum(min(a.output_tokens, _readable(a, begun + duration)) for a in arrivals)
 
     longest = max(a.at_s - begun + a.output_tokens / a.token_rate for a in arrivals)
     best = tokens_by(shortest) / shortest

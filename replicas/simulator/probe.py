@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.request import State
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.simulator.live import Bench, greedy_request, run_live
@@ -61,24 +64,25 @@ class GridPolicy:
 
     def plan(self, view: View, now: float) -> Plan:
         plan = Plan()
-        if view.preempted:
-            plan.resume = list(view.preempted)
+        tracker = view.tracker
+        preempted = tracker.rows(State.PREEMPTED)
+        if len(preempted):
+            plan.resume = tracker.take(preempted)
             return plan
-        if view.offloading or view.loading:
+        if tracker.count(State.OFFLOADING) or tracker.count(State.LOADING):
             return plan
-        decoding = [seq for seq in view.running if seq.decoding]
+        running, waiting = view.running(), view.waiting()
+        decoding = [seq for seq in tracker.take(running) if seq.decoding]
         if self.swap and decoding:
             self.swap = False
             plan.preempt = [(decoding[0], Preempt.OFFLOAD)]
             return plan
-        plan.admit = list(view.waiting)
-        running = [*view.running, *plan.admit]
-        prefilling = [seq for seq in running if seq.pending_tokens > 1]
-        budget = self.chunk + (len(running) - len(prefilling) if self.mixed else 0)
-        if not prefilling:
-            budget = len(running)
+        plan.admit = tracker.take(waiting)
         plan.batch = compose_batch(
-            running, min(budget, view.max_batch_tokens), prefill_first=not self.mixed
+            view,
+            np.concatenate([running, waiting]),
+            prefill_first=not self.mixed,
+            prefill_tokens=self.chunk,
         )
         return plan
 

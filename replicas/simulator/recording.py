@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from tokenflow.replicas.executor.base import Executor, ScheduledSequence, StepResult
+from tokenflow.replicas.executor.base import CopyDone, Executor, ScheduledSequence, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,6 @@ class Copy:
 class _Job:
     to_host: bool
     bytes: int
-    started_s: float
     alone: bool
 
 
@@ -96,19 +95,17 @@ class RecordingExecutor:
         for other in self._jobs.values():
             other.alone = False
         alone = not self._jobs
-        begun = self._clock()
         job_id = self._inner.offload(pairs) if to_host else self._inner.load(pairs)
-        self._jobs[job_id] = _Job(to_host, len(pairs) * self.layout.block_bytes, begun, alone)
+        self._jobs[job_id] = _Job(to_host, len(pairs) * self.layout.block_bytes, alone)
         return job_id
 
-    def poll_transfers(self, timeout_s: float = 0.0) -> list[tuple[int, Exception | None]]:
+    def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         done = self._inner.poll_transfers(timeout_s)
-        now = self._clock()
-        for job_id, error in done:
-            job = self._jobs.pop(job_id)
-            if error is None:
+        for copy in done:
+            job = self._jobs.pop(copy.job_id)
+            if copy.error is None:
                 alone = job.alone and timeout_s > 0
-                self.copies.append(Copy(job.to_host, job.bytes, now - job.started_s, alone))
+                self.copies.append(Copy(job.to_host, job.bytes, copy.seconds, alone))
         if timeout_s > 0:
             self.pause()
         return done

@@ -137,6 +137,7 @@ class Run:
             tick=scenario.tick,
             **scenario.engine,
         )
+
         def forced() -> Any:
             raise AssertionError("the policy left the device idle")
 

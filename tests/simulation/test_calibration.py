@@ -330,12 +330,12 @@ def test_a_real_engine_is_predicted(tmp_path, capsys):
     flags = f"calibrate --validate --seconds 5 --config {config} --out {out}"
     assert main(flags.split()) == 0
     shown = capsys.readouterr().out
-    assert "tokenflow: " in shown and "fcfs: " in shown
+    assert "slack: " in shown and "fcfs: " in shown
     made = Calibration.load(out)
     assert made.kv_tokens == 1024 and made.accuracy.steps > 100 and made.copies > 10
     assert made.cost.fixed_s + made.cost.decode_s > 0
     report = json.loads((tmp_path / "out-validation.json").read_text())
-    assert set(report["policies"]) == {"tokenflow", "fcfs"}
+    assert set(report["policies"]) == {"slack", "fcfs"}
     for policy in report["policies"].values():
         figures = policy["figures"]
         assert 0.5 < figures["raw_tok_s"]["predicted"] / figures["raw_tok_s"]["real"] < 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,11 +83,31 @@ def test_zero_delay_turns_it_off():
     assert len(deliver(times, 20, max_delay_s=0)) == 100
 
 
+@given(arrivals, st.floats(0, 1))
+def test_without_a_reader_nothing_is_held(times, limit):
+    for at, tokens in deliver(times, math.inf, max_delay_s=limit):
+        assert set(tokens) == {at}
+
+
+def test_what_came_meanwhile_still_travels_together():
+    coalescer = StreamCoalescer(math.inf)
+    assert coalescer.next_due(1.0) is None
+    coalescer.add(3, 1.0)
+    coalescer.add(2, 1.5)
+    assert coalescer.pending == 5 and coalescer.due(1.5)
+    coalescer.sent(1.5)
+    assert coalescer.pending == 0 and coalescer.next_due(2.0) is None
+
+
+@pytest.mark.parametrize("rate", [0, -1, -math.inf, math.nan])
+def test_what_is_no_rate_is_refused(rate):
+    with pytest.raises(ValueError):
+        StreamCoalescer(rate)
+
+
 def test_nothing_pending_is_never_due():
     coalescer = StreamCoalescer(20)
     coalescer.add(3, 1.0)
     coalescer.sent(1.0)
     assert coalescer.next_due(9.0) is None
     assert coalescer.pending == 0
-    with pytest.raises(ValueError):
-        StreamCoalescer(0)

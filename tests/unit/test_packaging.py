@@ -49,7 +49,7 @@ def test_ray_appears_only_in_the_store_actor_and_the_cluster():
 
 
 def test_policies_know_no_torch_no_clock_no_io():
-    banned = {"torch", "time", "ray", "os", "asyncio", "threading", "socket", "numpy", "random"}
+    banned = {"torch", "time", "ray", "os", "asyncio", "threading", "socket", "random"}
     for path in (ROOT / "replicas" / "scheduler").glob("*.py"):
         assert not {n.split(".")[0] for n in imports(path)} & banned, path
 

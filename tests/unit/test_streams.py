@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import pickle
+from collections.abc import AsyncGenerator, Coroutine
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tokenflow.cluster.streams import Stream
+from tokenflow.cluster.replica_registry import REGISTRY
+from tokenflow.cluster.streams import Stream, StreamManager
+from tokenflow.cluster.wire import Frame, Submission, pack
 from tokenflow.replicas.errors import RequestCancelledError, TokenFlowError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
@@ -58,6 +65,14 @@ async def test_tokens_travel_together_while_the_reader_has_text():
     assert len(await waiting) == 2
 
 
+async def test_without_a_reader_no_token_waits():
+    stream = make_stream(rate=math.inf)
+    batches = stream.batches(60.0)
+    for i in range(6):
+        stream.deliver(event(i))
+        assert await asyncio.wait_for(anext(batches), 5) == [event(i)]
+
+
 async def test_a_silent_stream_gives_heartbeats():
     stream = make_stream()
     batches = stream.batches(0.25, heartbeat_s=0.02)
@@ -102,3 +117,76 @@ async def test_a_failed_stream_stays_failed():
     stream.fail(TokenFlowError("later"))
     with pytest.raises(RequestCancelledError):
         await anext(stream.batches(0.25))
+
+
+# -- streams and their replicas -------------------------------------------------------------------
+
+
+class Response:
+    """What a call to a deployment's handle gives back."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(coroutine)
+
+    def __await__(self):
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class Frames:
+    def __init__(self, frames: AsyncGenerator[Frame, None]) -> None:
+        self._frames = frames
+
+    def __aiter__(self) -> AsyncGenerator[Frame, None]:
+        return self._frames
+
+    def cancel(self) -> None:
+        pass
+
+
+class Replicas:
+    """A handle of two replicas: the first is lost after one token, the second ends the stream."""
+
+    def __init__(self) -> None:
+        self.submissions: list[Submission] = []
+        self.loads: list[float] = []
+        self.submit = SimpleNamespace(remote=lambda *a, **k: Response(self._submit(*a, **k)))
+
+    async def _submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+        submission, route = pickle.loads(pickle.dumps((submission, route)))
+        name = "ab"[len(self.submissions)]
+        self.submissions.append(submission)
+        REGISTRY.assign(*route, [name])
+        self.loads.append(REGISTRY._loads[name].rate)
+        return name
+
+    def options(self, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda _, target: Frames(self._frames(target)))
+
+    async def _frames(self, target: str) -> AsyncGenerator[Frame, None]:
+        yield []
+        submission = self.submissions[-1]
+        offset = len(submission.resumed_ids)
+        finish = None if target == "a" else "stop"
+        yield pack([event(offset, finish)._replace(request_id=submission.request_id)])
+        if target == "a":
+            raise ConnectionError("gone")
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("rate", "counted"), [(12.5, 12.5), (math.inf, 1.0)])
+async def test_a_stream_that_moves_keeps_its_rate(rate, counted):
+    replicas = Replicas()
+    manager = StreamManager(replicas, failover_timeout_s=5)
+    stream = Stream(manager, "r", (1, 2), SamplingParams(max_tokens=8), rate)
+    await manager.open(stream)
+    tokens = [e.token_id async for batch in stream.batches(0.01) for e in batch]
+    assert tokens == [100, 101] and manager.failovers == 1
+    assert [s.token_rate for s in replicas.submissions] == [rate, rate]
+    assert [s.resumed_ids for s in replicas.submissions] == [(), (100,)]
+    assert replicas.loads == [counted, counted]
+    assert not REGISTRY._loads
+    for task in manager._tasks:
+        task.cancel()

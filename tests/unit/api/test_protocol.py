@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tokenflow.cluster.api import protocol
 from tokenflow.cluster.api.protocol import (
     Call,
     Message,
@@ -157,6 +159,26 @@ def test_the_rate_comes_from_the_body_then_the_header_then_the_default():
     assert chat(limits=Limits(default_token_rate=7)).token_rate == 7.0
 
 
+def test_max_is_the_rate_of_a_consumer_that_is_no_reader():
+    assert completion(token_rate="max").token_rate == math.inf
+    assert chat(token_rate="max", stream=True).token_rate == math.inf
+    assert completion(header_rate="max").token_rate == math.inf
+    assert chat(token_rate=None, header_rate="max").token_rate == math.inf
+    assert chat(token_rate=5, header_rate="max").token_rate == 5.0
+    assert chat(token_rate="max", header_rate="30").token_rate == math.inf
+
+
+@pytest.mark.parametrize("model", [protocol._Completion, protocol._Chat])
+def test_the_schema_of_the_rate_says_what_is_taken(model):
+    schema = model.model_json_schema()["properties"]["token_rate"]
+    assert schema["anyOf"] == [
+        {"type": "number"},
+        {"type": "string", "const": "max"},
+        {"type": "null"},
+    ]
+    assert schema["default"] is None
+
+
 def test_the_highest_rate_is_still_allowed():
     assert completion(token_rate=1000).token_rate == 1000.0
     assert completion(token_rate=0.01).token_rate == 0.01
@@ -286,7 +308,13 @@ WRONG_TYPES = [
     ("skip_special_tokens", 0),
     ("include_stop_str_in_output", 1),
     ("token_rate", "fast"),
+    ("token_rate", ""),
+    ("token_rate", "MAX"),
+    ("token_rate", "inf"),
+    ("token_rate", "20"),
     ("token_rate", True),
+    ("token_rate", False),
+    ("token_rate", {"max": 1}),
     ("token_rate", 10**400),
     ("token_rate", [20]),
     ("request_id", 5),
@@ -362,6 +390,24 @@ def test_stream_options_need_a_stream(make, options, stream):
 def test_malformed_stream_options(options):
     error = refusal(completion, stream=True, stream_options=options)
     assert (error.param, error.code) == ("stream_options", "invalid_type")
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+@pytest.mark.parametrize("rate", ["fast", "MAX", True, [20], 0, -1, 1e9, 10**400])
+def test_a_refused_rate_lists_what_is_allowed(make, rate):
+    message = refusal(make, token_rate=rate).message
+    assert message.startswith(
+        'token_rate must be a number from 0.01 to 1000 (tokens/s), "max" (no reader) or null'
+    )
+
+
+@pytest.mark.parametrize("rate", ["fast", "MAX", '"max"', "nan", "inf", "0", "null", "x" * 5000])
+def test_a_refused_header_lists_what_is_allowed(rate):
+    message = refusal(chat, header_rate=rate).message
+    assert message.startswith(
+        'The header X-Token-Rate must be a number from 0.01 to 1000 (tokens/s) or "max"'
+    )
+    assert repr(rate[:100]) in message and len(message) < 300
 
 
 @pytest.mark.parametrize("rate", ["", "fast", "20 tokens", "0x10"])
@@ -613,7 +659,8 @@ field_names = st.sampled_from(sorted({*FULL_COMPLETION, *FULL_CHAT})) | st.text(
 def parses_or_refuses(function, body, header_rate=None) -> None:
     try:
         call = parse(function, body, header_rate)
-        assert LIMITS.min_token_rate <= call.token_rate <= LIMITS.max_token_rate
+        if body.get("token_rate") != "max" and header_rate != "max":
+            assert LIMITS.min_token_rate <= call.token_rate <= LIMITS.max_token_rate
         assert 1 <= call.n * max(1, len(call.prompts)) <= LIMITS.max_choices
         assert bool(call.prompts) != bool(call.messages)
         params = sampling_of(call)

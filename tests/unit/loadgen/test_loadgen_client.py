@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -178,6 +179,15 @@ async def test_the_request_asks_for_a_stream_with_usage_and_the_readers_rate():
             "token_rate": 12.5,
         }
     ]
+
+
+async def test_without_a_reader_the_rate_is_max():
+    record = StreamRecord(math.inf, time.monotonic())
+    script = ok(event("a", 1, "stop"), DONE)
+    async with serving(script) as (server, url), httpx.AsyncClient(trust_env=False) as client:
+        await stream_chat(client, url, {"model": "m"}, record)
+    assert record.ok
+    assert [request["token_rate"] for request in server.requests] == ["max"]
 
 
 # -- what goes wrong ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ that of the proto file."""
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +128,32 @@ def test_the_rate_comes_from_the_message_then_the_metadata_then_the_default():
     assert convert(pb.GenerateRequest(text="x")).token_rate == 20.0
 
 
+def test_as_fast_as_possible_is_the_rate_of_a_consumer_that_is_no_reader():
+    fastest = pb.GenerateRequest(text="x", as_fast_as_possible=True)
+    assert convert(fastest).token_rate == math.inf
+    assert convert(fastest, "30").token_rate == math.inf
+    assert convert(pb.GenerateRequest(text="x"), "max").token_rate == math.inf
+    assert convert(pb.GenerateRequest(text="x", token_rate=5), "max").token_rate == 5.0
+    unset = pb.GenerateRequest(text="x", as_fast_as_possible=False, token_rate=5)
+    assert convert(unset).token_rate == 5.0
+    assert convert(pb.GenerateRequest(text="x", as_fast_as_possible=False), "7").token_rate == 7.0
+
+
+@pytest.mark.parametrize("rate", [5, 0, math.inf, math.nan])
+def test_a_speed_and_as_fast_as_possible_exclude_each_other(rate):
+    error = refusal(pb.GenerateRequest(text="x", as_fast_as_possible=True, token_rate=rate))
+    assert error.param == "as_fast_as_possible"
+    code, details = status_of(error)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith("as_fast_as_possible and token_rate exclude each other")
+
+
+def test_the_rate_keeps_its_place_on_the_wire():
+    old = b"\x12\x01x" + b"\x29" + struct.pack("<d", 5.0)
+    assert convert(pb.GenerateRequest.FromString(old)).token_rate == 5.0
+    assert convert(pb.GenerateRequest.FromString(b"\x12\x01x\x40\x01")).token_rate == math.inf
+
+
 def test_model_and_request_id():
     call = convert(pb.GenerateRequest(model="m", text="x", request_id="mine"))
     assert (call.model, call.request_id) == ("m", "mine")
@@ -155,12 +182,17 @@ def test_an_unknown_model_is_404():
 
 @pytest.mark.parametrize("rate", [0, -1, -0.0, 1e-308, math.nan, math.inf, -math.inf, 1000.1])
 def test_rates_out_of_range_are_refused(rate):
-    assert refusal(pb.GenerateRequest(text="x", token_rate=rate)).param == "token_rate"
+    error = refusal(pb.GenerateRequest(text="x", token_rate=rate))
+    assert error.param == "token_rate"
+    assert "from 0.01 to 1000" in error.message and "as_fast_as_possible" in error.message
 
 
-@pytest.mark.parametrize("rate", ["", "fast", "nan", "inf", "0", "-1", "1e9"])
+@pytest.mark.parametrize("rate", ["", "fast", "MAX", "nan", "inf", "0", "-1", "1e9"])
 def test_bad_metadata_rates_are_refused(rate):
-    assert refusal(pb.GenerateRequest(text="x"), rate).param == "token_rate"
+    error = refusal(pb.GenerateRequest(text="x"), rate)
+    assert error.param == "token_rate"
+    assert "x-token-rate must be a number from 0.01 to 1000" in error.message
+    assert 'or "max"' in error.message
 
 
 @pytest.mark.parametrize(
