@@ -15,7 +15,8 @@ NOW = 1000.0
 BLOCK = 4
 TOTAL = 100
 
-RUNNING, PREEMPTED = State.RUNNING, State.PREEMPTED
+WAITING, RUNNING, PREEMPTED = State.WAITING, State.RUNNING, State.PREEMPTED
+NO_READER = math.inf
 
 
 def sequence(
@@ -129,6 +130,3 @@ def victims(plan: Plan) -> list[str]:
 def batch(plan: Plan) -> dict[str, int]:
     """Tokens of each in the step."""
     return {seq.request_id: n for seq, n in plan.batch}
-
-
-NO_READER = math.inf
