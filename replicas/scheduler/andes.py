@@ -55,7 +55,7 @@ class AndesPolicy:
         if not plan.preempt and len(waiting):
             if not self._pressed(view, running):
                 running = self._admit_in_order(view, running, waiting, free, plan)
-            elif self._steps % self.params.period == 0:
+            elif self._steps % max(self.params.period, 1) == 0:
                 running = self._swap(view, running, waiting, free, plan, now)
         self._admitted += sum(seq.preemptions == 0 for seq in plan.admit)
         plan.batch = compose_batch(view, running, prefill_first=True)

@@ -144,7 +144,9 @@ def compose_batch(
     their tokens further.
     """
     tracker = view.tracker
-    pending = tracker.context[rows] - tracker.computed[rows]
+    # Whoever this plan drops still has its KV on the host: it is counted out already.
+    kept = tracker.state[rows] != tracker.code(State.PREEMPTED)
+    pending = tracker.context[rows] - tracker.computed[rows] * kept
     decoding = pending == 1
     decodes = tracker.take(rows[decoding])
     if len(decodes) == len(rows):

@@ -228,13 +228,24 @@ class _Pass:
             order = np.lexsort((self.tracker.arrival_s[running], buffered, parked))[::-1]
             stays = np.ones(len(running), bool)
             for i in order[:-1].tolist():
-                if need <= self.free:
+                if need <= self.free + self.coming_free:
                     break
                 stays[i] = False
                 need -= int(growth[i])
                 self._preempt(_victims(self.view, running[i : i + 1], self.outlook)[0])
+            # Until the blocks of the victims have been copied, the fullest sit out.
+            left = max(self.free - need, 0)
+            self.coming_free -= max(need - self.free, 0)
+            for i in order.tolist():
+                if need <= self.free:
+                    break
+                if stays[i] and growth[i]:
+                    stays[i] = False
+                    need -= int(growth[i])
             self.running = running[stays]
-        self.free -= min(need, self.free)
+            self.free = left
+        else:
+            self.free -= need
 
     def _preempt(self, victim: _Victim) -> None:
         how = Preempt.OFFLOAD if victim.slots <= self.host_free else Preempt.RECOMPUTE
@@ -349,6 +360,7 @@ class _Pass:
         yield from self._in_turn(rows[hungry & ~parked], only_held=True)
         yield from self._in_turn(rows[hungry & parked], only_held=True)
         if not self.on_device:
+            # Nobody has need of it, but a device is not left idle.
             yield from self._in_turn(rows[~(urgent | late | hungry)])
 
     def _in_turn(

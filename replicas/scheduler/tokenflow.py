@@ -62,7 +62,8 @@ class TokenFlowPolicy:
         waiting = view.waiting()
         preempted = view.tracker.rows(State.PREEMPTED)
         if len(waiting) or self._critical(view, preempted, now):
-            if now >= self._next_s:
+            # An idle device need not wait for the interval.
+            if now >= self._next_s or not view.on_device():
                 self._next_s = now + self.params.interval_s
                 running = self._reschedule(view, running, preempted, waiting, free, plan, now)
         elif len(preempted):
@@ -109,7 +110,7 @@ class TokenFlowPolicy:
         overhead = np.where(running, 0.0, back)
         on_device = view.running()
         step_s = view.cost.step_s(max(len(on_device), 1), float(tracker.context[on_device].sum()))
-        speed = 1.0 / step_s if step_s > 0 else 1.0 / p.interval_s
+        speed = 1.0 / (step_s or p.interval_s or 1.0)
         slack = np.maximum(view.slack_s(rows, now), 0.0)
         buffer = slack * tracker.rate[rows]
         weight = token_weights(buffer, tracker.limit[rows])
@@ -191,17 +192,20 @@ class TokenFlowPolicy:
         step_s = view.cost.step_s(len(running), float(tracker.context[running].sum()))
         ahead = int(self.params.interval_s / step_s / view.block_size) + 1 if step_s > 0 else 1
         fixed = len(running) - len(movable)
-        room = free + view.releasing_blocks + int(tracker.blocks[movable].sum()) - fixed * ahead
+        # `free` is without the next block of everyone on the device; who leaves needs none.
+        held = tracker.blocks[movable] + view.growth(movable)
+        room = free + view.releasing_blocks + int(held.sum()) - fixed * ahead
         places = view.max_num_seqs - view.on_device() + len(movable)
         needs = np.minimum(view.blocks_needed(candidates) + ahead, view.total_blocks)
         utility = self._utility(view, candidates, now)
         ranked = np.lexsort((-tracker.rate[candidates], -utility))
         chosen = _pack(ranked, needs, utility, room, places)
-        if not chosen.any() and not len(running):
-            chosen[ranked[0]] = True
+        if not chosen.any() and not fixed:
+            # Alone it need not have room to grow.
+            chosen = _pack(ranked, view.blocks_needed(candidates), utility, room, min(places, 1))
         for row in movable[~chosen[: len(movable)]].tolist():
             rows = np.array([row])
-            free += self._leave(view, rows, plan)
+            free += self._leave(view, rows, plan) + int(view.growth(rows)[0])
         kept = np.concatenate([np.setdiff1d(running, movable), movable[chosen[: len(movable)]]])
         kept = kept[np.argsort(tracker.entered[kept])]
         return self._enter(view, kept, candidates, needs, chosen, ranked, len(movable), free, plan)
@@ -225,12 +229,15 @@ class TokenFlowPolicy:
             if i < num_movable or not chosen[i]:
                 continue
             row = int(candidates[i])
+            rows = candidates[i : i + 1]
             need = int(needs[i])
-            if need > free and (len(running) or admitted or plan.resume):
+            if not (len(running) or admitted or plan.resume):
+                # Alone it need not have room to grow.
+                need = int(view.blocks_needed(rows)[0])
+            if need > free:
                 continue
             free -= need
             seq = tracker.sequences[row]
-            rows = candidates[i : i + 1]
             if seq.state is State.PREEMPTED:
                 if self._load_s(view, rows)[0] <= self._recompute_s(view, rows)[0] or not len(
                     running
@@ -260,6 +267,9 @@ class TokenFlowPolicy:
             stays[i] = False
             need -= int(growth[i])
             free += self._leave(view, running[i : i + 1], plan)
+        if need > free:
+            # The last one goes on when the blocks of the others have been copied.
+            stays[:] = False
         return running[stays], max(free - need, 0)
 
     def _leave(self, view: View, row: IntArray, plan: Plan) -> int:
@@ -283,7 +293,7 @@ class TokenFlowPolicy:
         places = view.max_num_seqs - view.on_device()
         reserve = tracker.count(State.RUNNING)
         for row, need in zip(order.tolist(), view.blocks_needed(order).tolist(), strict=True):
-            if places <= 0 or (need + reserve > free and (reserve or plan.resume)):
+            if places <= 0 or need + reserve > free:
                 break
             free -= need
             places -= 1

@@ -1,81 +1,216 @@
-"""Whatever arrives, leaves, fails or is cancelled: every stream is right and nothing leaks."""
+"""Whatever arrives, leaves, fails or is cancelled: every stream is right, nothing leaks, and no
+plan asks for what the engine cannot do."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.engines import check_conservation, fake_engine, make_request, tokens_of
 from tests.support.fake_executor import expected_output
-from tokenflow.replicas.scheduler.registry import POLICIES
+from tests.support.plans import Checked, check_tracker
+from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 
-requests = st.lists(
-    st.tuples(
-        st.integers(1, 60),  # prompt length
-        st.integers(1, 50),  # max_tokens
-        st.sampled_from([0.5, 2.0, 10.0, 500.0]),  # rate
-        st.integers(0, 40),  # arrives before this step
-        st.one_of(st.none(), st.integers(1, 80)),  # cancelled before this step
+BLOCK = 4
+NEVER = 10_000
+RATES = [0.5, 2.0, 10.0, 500.0, math.inf]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One request. It is cut to what the memory holds."""
+
+    prompt: int
+    max_tokens: int
+    rate: float
+    arrives: int
+    """Before this step, as the others."""
+    cancelled: int = NEVER
+    rates: tuple[tuple[int, float], ...] = ()
+    """(before this step, new rate)."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    specs: list[Spec]
+    blocks: int
+    host_slots: int
+    delay: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    tick: float
+    failures: frozenset[int]
+    """Steps whose first copy fails; -1: all of them."""
+    engine: dict[str, bool]
+    params: dict[str, float] = field(default_factory=dict)
+
+    def prompt(self, i: int) -> list[int]:
+        length = min(self.specs[i].prompt, self.blocks * BLOCK - 1)
+        return [(i * 13 + j) % 250 + 1 for j in range(length)]
+
+    def expected(self, i: int) -> list[int]:
+        prompt = self.prompt(i)
+        return expected_output(prompt, self.max_tokens(i))
+
+    def max_tokens(self, i: int) -> int:
+        return min(self.specs[i].max_tokens, self.blocks * BLOCK - len(self.prompt(i)))
+
+
+steps = st.integers(0, 80)
+specs = st.builds(
+    Spec,
+    prompt=st.integers(1, 60),
+    max_tokens=st.integers(1, 50),
+    rate=st.sampled_from(RATES),
+    arrives=st.integers(0, 40),
+    cancelled=st.one_of(st.just(NEVER), st.just(NEVER), steps),
+    rates=st.one_of(
+        st.just(()), st.lists(st.tuples(steps, st.sampled_from(RATES)), max_size=3).map(tuple)
     ),
-    min_size=1,
-    max_size=14,
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    requests,
-    st.sampled_from(sorted(POLICIES)),
-    st.integers(29, 60),
-    st.sampled_from([0, 8, 40, 200]),
-    st.integers(0, 4),
-    st.integers(2, 8),
-    st.sampled_from([0.001, 0.05]),
-    st.sets(st.integers(1, 60), max_size=4),
-)
-def test_streams_are_right_and_memory_is_conserved(
-    specs, policy, blocks, host_slots, delay, max_num_seqs, tick, failures
-):
-    engine, executor, host, clock = fake_engine(
-        policy=policy,
-        blocks=blocks,
-        block_size=4,
-        host_slots=host_slots,
-        delay=delay,
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=24,
-        max_model_len=110,
-        tick=tick,
+def policy_params(policy: str) -> st.SearchStrategy[dict[str, float]]:
+    """The defaults mostly; else some of them times 1/4 to 4."""
+    kind = POLICIES[policy][1]
+    factors = st.sampled_from([0.0, 0.25, 0.5, 2.0, 4.0])
+
+    def scaled(chosen: dict[str, float]) -> dict[str, float]:
+        values = {f.name: f.default for f in fields(kind) if f.name in chosen}
+        return {
+            name: round(value * chosen[name]) if isinstance(value, int) else value * chosen[name]
+            for name, value in values.items()
+        }
+
+    some = st.dictionaries(st.sampled_from([f.name for f in fields(kind)]), factors)
+    return st.one_of(st.just({}), some.map(scaled))
+
+
+def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
+    switches = st.sampled_from([True, True, True, False])
+    return st.builds(
+        Scenario,
+        specs=st.lists(specs, min_size=1, max_size=14),
+        blocks=st.one_of(st.integers(3, 12), st.integers(13, 60)),
+        host_slots=st.sampled_from([0, 8, 40, 200]),
+        delay=st.integers(0, 4),
+        max_num_seqs=st.integers(1, 8),
+        max_batch_tokens=st.sampled_from([16, 24, 64]),
+        tick=st.sampled_from([0.001, 0.05, 0.5]),
+        failures=st.one_of(
+            st.just(frozenset()),
+            st.frozensets(st.integers(0, 80), max_size=20),
+            st.just(frozenset({-1})),
+        ),
+        engine=st.fixed_dictionaries(
+            {name: switches for name in ("offload", "write_through", "overlap_transfers")}
+        ),
+        params=policy_params(policy),
     )
-    streams: dict[str, list] = {}
-    step = 0
-    pending = sorted(enumerate(specs), key=lambda item: item[1][3])
-    cancels = {i: spec[4] for i, spec in enumerate(specs) if spec[4] is not None}
-    while pending or engine.has_work:
-        while pending and pending[0][1][3] <= step:
-            i, (length, max_tokens, rate, _, _) = pending.pop(0)
-            prompt = [(i * 13 + j) % 250 + 1 for j in range(length)]
-            request = make_request(f"{i}", prompt, max_tokens, rate=rate, arrival_s=clock())
-            engine.check(request)
-            engine.add(request)
-            streams[f"{i}"] = []
-        for i, at in list(cancels.items()):
-            if at <= step:
-                engine.cancel(f"{i}")
-                del cancels[i]
-        executor.fail_next_job = step in failures
-        engine.step()
-        check_conservation(engine, host)
-        for event in engine.take_events():
-            streams[event.request_id].append(event)
-        step += 1
-        assert step < 20_000, "no progress"
-    assert engine.pool.free_blocks == blocks
-    assert len(host.free) == host_slots
-    for i, (length, max_tokens, *_rest) in enumerate(specs):
-        events = streams[f"{i}"]
-        prompt = [(i * 13 + j) % 250 + 1 for j in range(length)]
-        expected = expected_output(prompt, max_tokens)
-        if events[-1].finish_reason == "cancelled":
-            got = [e.token_id for e in events if e.token_id >= 0]
-            assert got == expected[: len(got)]
-        else:
-            assert tokens_of(events) == expected
+
+
+@dataclass
+class Run:
+    scenario: Scenario
+    policy: str
+    schedule: list[Any] = field(default_factory=list)
+    streams: dict[int, list[TokenEvent]] = field(default_factory=dict)
+
+    def run(self) -> Run:
+        """To the end, with every invariant checked after every step."""
+        scenario = self.scenario
+        engine, executor, host, clock = fake_engine(
+            policy=Checked(make_policy(self.policy, scenario.params)),
+            blocks=scenario.blocks,
+            block_size=BLOCK,
+            host_slots=scenario.host_slots,
+            delay=scenario.delay,
+            max_num_seqs=scenario.max_num_seqs,
+            max_batch_tokens=scenario.max_batch_tokens,
+            max_model_len=1 << 20,
+            tick=scenario.tick,
+            **scenario.engine,
+        )
+
+        def forced() -> Any:
+            raise AssertionError("the policy left the device idle")
+
+        engine._force_progress = forced  # type: ignore[method-assign]
+        todo = self._todo()
+        step = 0
+        while todo or engine.has_work:
+            while todo and todo[0][0] <= step:
+                _, i, what = todo.pop(0)
+                if what == "arrives":
+                    request = make_request(
+                        f"{i}",
+                        scenario.prompt(i),
+                        scenario.max_tokens(i),
+                        rate=scenario.specs[i].rate,
+                        arrival_s=clock(),
+                    )
+                    engine.check(request)
+                    engine.add(request)
+                    self.streams[i] = []
+                elif what == "cancel":
+                    engine.cancel(f"{i}")
+                else:
+                    engine.set_rate(f"{i}", what)
+            executor.fail_next_job = bool({-1, step} & scenario.failures)
+            engine.step()
+            check_conservation(engine, host)
+            check_tracker(engine.tracker)
+            assert sorted(s.request_id for s in engine.tracker.sequences) == sorted(engine.requests)
+            for event in engine.take_events():
+                stream = self.streams[int(event.request_id)]
+                assert not stream or stream[-1].finish_reason is None, "an event after the end"
+                stream.append(event)
+            step += 1
+            assert step < NEVER, "no progress"
+        assert engine.pool.free_blocks == scenario.blocks
+        assert len(host.free) == scenario.host_slots
+        self.schedule = executor.steps
+        return self
+
+    def _todo(self) -> list[tuple[int, int, Any]]:
+        """(step, request, what happens to it), in order."""
+        todo: list[tuple[int, int, Any]] = []
+        for i, spec in enumerate(self.scenario.specs):
+            todo.append((spec.arrives, i, "arrives"))
+            # A reader can only leave, or change pace, after coming.
+            todo += [(max(at, spec.arrives), i, rate) for at, rate in spec.rates]
+            if spec.cancelled < NEVER:
+                todo.append((max(spec.cancelled, spec.arrives), i, "cancel"))
+        return sorted(todo, key=lambda item: item[0])
+
+    def check_streams(self) -> None:
+        for i, spec in enumerate(self.scenario.specs):
+            events, expected = self.streams[i], self.scenario.expected(i)
+            if events[-1].finish_reason == "cancelled":
+                assert spec.cancelled < NEVER
+                assert [e.offset for e in events[:-1]] == list(range(len(events) - 1))
+                assert [e.token_id for e in events[:-1]] == expected[: len(events) - 1]
+            else:
+                assert events[-1].finish_reason == "length"
+                assert tokens_of(events) == expected
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_streams_are_right_memory_is_conserved_and_plans_can_be_done(policy, data):
+    Run(data.draw(scenarios(policy)), policy).run().check_streams()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_the_same_scenario_gives_the_same_schedule(policy, data):
+    scenario = data.draw(scenarios(policy))
+    assert Run(scenario, policy).run().schedule == Run(scenario, policy).run().schedule

@@ -38,6 +38,7 @@ def fake_engine(
     delay: int = 1,
     tick: float = 0.01,
     eos_ids: tuple[int, ...] = (0,),
+    **config: Any,
 ) -> tuple[Engine, FakeExecutor, FakeHost, Clock]:
     executor = FakeExecutor(blocks, block_size, host_slots, delay=delay)
     host = FakeHost(host_slots)
@@ -47,7 +48,10 @@ def fake_engine(
         make_policy(policy) if isinstance(policy, str) else policy,
         host,
         EngineConfig(
-            block_size=block_size, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            **config,
         ),
         tokenizer=FakeTokenizer(),
         eos_ids=eos_ids,

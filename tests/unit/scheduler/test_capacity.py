@@ -1,0 +1,94 @@
+"""Gamma, and the rate that consumers who are no readers are served at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.support.views import NO_READER, RUNNING, sequence, taught, view
+from tokenflow.replicas.request import FIRST_REFERENCE
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity, reference_rate
+from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.tracker import Tracker
+
+LINEAR = {"fixed": 0.02, "per_sequence": 0.001, "per_token": 1e-5}
+
+
+def tracker_of(*sequences) -> Tracker:
+    return view(*sequences).tracker
+
+
+def test_nothing_known_and_nobody_there_means_no_limit():
+    tracker = tracker_of(sequence("a"))
+    assert capacity(tracker, CostModel(), 400, 64) == math.inf
+    assert capacity(tracker_of(), taught(**LINEAR), 400, 64) == math.inf
+
+
+def test_it_is_taken_at_the_context_of_the_average_remaining_token():
+    cost = taught(**LINEAR)
+    # 100 tokens to come, at contexts of 8 to 108.
+    tracker = tracker_of(*[sequence(f"{i}", prompt=8, max_tokens=100) for i in range(4)])
+    expected = 4 / (0.02 + 4 * 0.001 + 4 * 58 * 1e-5)
+    assert capacity(tracker, cost, 1_000_000, 64) == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_has_few_tokens_to_come_counts_little():
+    cost = taught(**LINEAR)
+    nearly_done = sequence("done", prompt=8, output=99, max_tokens=100, state=RUNNING)
+    long = sequence("long", prompt=2000, max_tokens=1000)
+    both = capacity(tracker_of(nearly_done, long), cost, 1_000_000, 64)
+    # Two at once, at the long one's context.
+    assert both == pytest.approx(2 / (0.02 + 0.002 + 2 * 2500 * 1e-5), rel=0.01)
+
+
+def test_memory_and_places_limit_how_many_run_at_once():
+    cost = taught(fixed=0.02)
+    tracker = tracker_of(*[sequence(f"{i}", prompt=8, max_tokens=100) for i in range(10)])
+    assert capacity(tracker, cost, 1_000_000, 64) == pytest.approx(10 / 0.02, rel=1e-3)
+    assert capacity(tracker, cost, 1_000_000, 3) == pytest.approx(3 / 0.02, rel=1e-3)
+    assert capacity(tracker, cost, 58 * 5, 64) == pytest.approx(5 / 0.02, rel=1e-3)
+    # Somebody always runs.
+    assert capacity(tracker, cost, 10, 64) == pytest.approx(1 / 0.02, rel=1e-3)
+
+
+def test_a_stream_at_its_limit_does_not_divide_by_zero():
+    spent = sequence("a", output=100, max_tokens=100, state=RUNNING)
+    assert capacity(tracker_of(spent), taught(fixed=0.02), 400, 64) == pytest.approx(50, rel=1e-3)
+
+
+def elastic(*names: str) -> list:
+    return [sequence(name, rate=NO_READER, max_tokens=100) for name in names]
+
+
+def test_without_knowledge_or_consumers_there_is_no_reference():
+    assert reference_rate(tracker_of(*elastic("a")), CostModel(), 400, 64) is None
+    assert reference_rate(tracker_of(sequence("a")), taught(**LINEAR), 400, 64) is None
+
+
+def test_it_is_an_equal_share_of_what_the_readers_leave():
+    cost = taught(fixed=0.001, per_sequence=0.01)
+    sequences = [*elastic("a", "b"), sequence("c", rate=20.0, max_tokens=100)]
+    # 3 sequences in 0.031 s.
+    share = (LOAD_FACTOR * 3 / 0.031 - 20.0) / 2
+    got = reference_rate(tracker_of(*sequences), cost, 100_000, 64)
+    assert got == pytest.approx(share, rel=1e-3)
+    assert got != FIRST_REFERENCE
+
+
+def test_alone_it_rises_to_what_one_stream_can_be_given_and_no_further():
+    cost = taught(fixed=0.01, per_sequence=0.001)
+    assert reference_rate(tracker_of(*elastic("a")), cost, 100_000, 64) == pytest.approx(
+        LOAD_FACTOR / 0.011, rel=1e-3
+    )
+    # Batching makes far more than one stream could take; the others are about to end.
+    cheap = taught(fixed=0.01)
+    done = [sequence(f"{i}", rate=0.001, max_tokens=100) for i in range(20)]
+    got = reference_rate(tracker_of(*elastic("a"), *done), cheap, 100_000, 64)
+    assert got == pytest.approx(1 / 0.01, rel=1e-3)
+
+
+def test_readers_who_want_everything_leave_a_floor():
+    cost = taught(per_sequence=0.01)
+    greedy = [sequence(f"{i}", rate=50.0, max_tokens=100) for i in range(8)]
+    assert reference_rate(tracker_of(*elastic("a"), *greedy), cost, 100_000, 64) == 1.0
