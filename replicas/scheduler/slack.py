@@ -19,7 +19,8 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    more of the device on decoding than on prompts.
 
 Outputs are taken to be as long as their limit. Consumers that are no readers are never held; their
-rate is a reference that the engine moves with the load. docs/scheduling.md has the picture. [TokenFlow §4.1-§4.3; the rules are ours]
+rate is a reference that the engine moves with the load. docs/scheduling.md has the picture.
+[TokenFlow §4.1-§4.3; the rules are ours]
 """
 
 from __future__ import annotations
