@@ -302,6 +302,16 @@ def test_a_stream_that_would_end_alone_comes_back_first():
     assert victims(plan(view(short, long, cost=cost, **args))) == ["short"]
 
 
+def test_also_when_it_has_all_its_reader_needs_and_nothing_is_to_spare():
+    # Three readers of ten take what there is; the other two are done in a moment.
+    cost = taught(per_sequence=0.034)
+    long = off("long", 9.0, output=100, max_tokens=1000)
+    short = [running(f"s{i}", 3.0, max_tokens=70) for i in range(2)]
+    args = {"free": 20, "total": 1000}
+    assert victims(plan(view(*short, long, **args))) == []
+    assert victims(plan(view(*short, long, cost=cost, **args), load_factor=2.0)) == ["s0"]
+
+
 def test_a_late_stream_does_not_leave():
     cost = taught(fixed=0.01)
     long = running("long", 6.0, output=100, max_tokens=1000)
@@ -415,6 +425,18 @@ def test_what_growth_takes_is_not_given_to_a_newcomer():
     needed = 3 + 4 + 10
     assert names(plan(view(*streams, late_one(), free=needed + 2)).admit) == ["late"]
     assert names(plan(view(*streams, late_one(), free=needed + 1)).admit) == []
+
+
+def test_what_a_victim_of_growth_leaves_beyond_it_is_free():
+    streams = [growing("a", 0.3), growing("b", 9.0), growing("c", 0.2)]
+
+    def admitted(prompt: int) -> list[str]:
+        again = sequence("again", prompt=prompt, output=4, state=WAITING)
+        return names(plan(view(*streams, again, free=0)).admit)
+
+    # 10 blocks less the two that the others take; 4 for them to grow later.
+    assert admitted(8) == ["again"]
+    assert admitted(12) == []
 
 
 def test_a_single_stream_is_never_its_own_victim():
