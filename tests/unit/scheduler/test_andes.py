@@ -109,6 +109,7 @@ def test_preemptions_are_rationed():
     half = settled(preemptions_per_request=0.5, victims_per_plan=4)
     half._admitted = 2
     assert preempted(half) == 1
+    assert preempted(half) == 0, "the one is used up"
 
 
 def test_only_first_admissions_earn_preemptions():

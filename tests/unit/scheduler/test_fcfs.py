@@ -91,7 +91,11 @@ def test_one_stream_is_never_retracted():
 
 
 def test_nobody_is_admitted_in_a_step_that_retracts():
-    decided = plan(view(*overflow(old=200, new=80), sequence("w", max_tokens=1), free=0))
+    old = sequence("old", prompt=1, output=20, max_tokens=21, state=RUNNING, blocks=5)
+    new = sequence("new", prompt=1, output=16, max_tokens=21, state=RUNNING, blocks=4)
+    waits = sequence("w", prompt=1, max_tokens=1)
+    assert names(plan(view(old, waits, free=3)).admit) == ["w"]
+    decided = plan(view(old, new, waits, free=0))
     assert victims(decided) == ["new"] and decided.admit == []
 
 

@@ -47,7 +47,7 @@ def test_a_value_that_is_no_number_from_0_up_is_refused(value):
 
 
 def test_a_count_must_be_whole():
-    with pytest.raises(ConfigError, match="growth_steps of policy slack must be whole, got 2.5"):
+    with pytest.raises(ConfigError, match=r"growth_steps of policy slack must be whole, got 2\.5"):
         make_policy("slack", {"growth_steps": 2.5})
     assert make_policy("slack", {"growth_steps": 2.0}).params.growth_steps == 2
     assert make_policy("slack", {"margin_s": 0}).params.margin_s == 0

@@ -200,6 +200,22 @@ def test_a_stream_alone_is_not_thrown_out_for_lack_of_room_to_grow():
     assert batch(decided) == {"full": 1}
 
 
+def test_the_next_block_of_a_stream_is_counted_once():
+    # It fills its blocks and takes the only free one; the other asks for more than is to be had.
+    alone = full(prompt=41, rate=5.0, blocks=25)
+    decided = plan(
+        view(
+            alone,
+            sequence("late", rate=8.0),
+            free=1,
+            total=26,
+            cost=taught(per_sequence=0.1),
+        )
+    )
+    assert decided.preempt == []
+    assert batch(decided) == {"full": 1}
+
+
 # -- load or recompute ------------------------------------------------------------------------
 
 
