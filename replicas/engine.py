@@ -201,7 +201,8 @@ class Engine:
         self.stats.schedule_seconds += planned - begun
         if not batch and not self._transfers.active and self._sequences:
             batch = self._force_progress()
-        if self.policy.write_through and self.config.write_through:
+        config = self.config
+        if self.policy.write_through and config.write_through and config.offload:
             self._write_through(batch, planned)
         if not batch:
             return self.refresh_stats()

@@ -136,6 +136,27 @@ def test_without_host_memory_preemption_recomputes():
     assert engine.stats.preempted_offload == 0
 
 
+def test_without_offload_nothing_is_copied_out():
+    engine, _, host, _ = fake_engine(blocks=20, offload=False)
+    for i in range(6):
+        engine.add(make_request(f"r{i}", PROMPTS[1], 50, rate=2.0))
+    events = run_to_end(engine, host)
+    for i in range(6):
+        assert tokens_of(events[f"r{i}"]) == expected_output(PROMPTS[1], 50)
+    assert engine.stats.preempted_recompute > 0
+    assert engine.stats.preempted_offload == engine.stats.offloaded_bytes == 0
+
+
+def test_without_write_through_only_victims_are_copied_out():
+    for on in (True, False):
+        engine, _, host, _ = fake_engine(blocks=20, write_through=on)
+        for i in range(6):
+            engine.add(make_request(f"r{i}", PROMPTS[1], 50, rate=2.0))
+        run_to_end(engine, host)
+        assert (engine.stats.written_through_bytes > 0) == on
+        assert engine.stats.offloaded_bytes > 0
+
+
 def test_a_moved_request_goes_on_at_the_exact_token():
     whole = expected_output(PROMPTS[1], 30)
     engine, _, host, _ = fake_engine()
