@@ -1,7 +1,7 @@
 """What must hold of whole runs, whatever the numbers: on a small machine of round figures.
 
-A step takes 30 ms, 1 ms for each sequence and 4 us for each token of context; a prompt token 0.2 ms;
-a block 2 ms to copy. With memory full of 20 sequences it makes about 300 tokens a second.
+A step takes 30 ms, 1 ms for each sequence and 4 us for each token of context; a prompt token takes
+0.2 ms, a block 2 ms to copy. With memory full of 20 sequences it makes about 300 tokens a second.
 """
 
 from __future__ import annotations
