@@ -244,6 +244,7 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,
             max_batch_tokens=self.config.max_batch_tokens,
             cost=self.cost,
+            overlap=self.config.overlap_transfers,
         )
 
     def _watch_elastic(self, seq: Sequence) -> None:

@@ -46,6 +46,8 @@ class View:
     max_batch_tokens: int
     """Token budget of one step."""
     cost: CostModel
+    overlap: bool = True
+    """Whether the copied blocks of a victim are free while the others are still being copied."""
 
     @property
     def kv_tokens(self) -> int:
@@ -92,15 +94,20 @@ class View:
 
     def released_now(self, rows: IntArray) -> IntArray:
         """Blocks that are free as soon as each is preempted for offload."""
-        released: IntArray = np.minimum(self.tracker.synced[rows], self.tracker.blocks[rows])
+        tracker = self.tracker
+        released: IntArray = np.minimum(tracker.synced[rows], tracker.blocks[rows])
+        if not self.overlap:
+            released = np.where(tracker.synced[rows] < self._filled(rows), 0, released)
         return released
 
     def slots_to_offload(self, rows: IntArray) -> IntArray:
         """Host slots the offload of each still needs."""
-        tracker = self.tracker
-        filled = (tracker.computed[rows] + self.block_size - 1) // self.block_size
-        missing: IntArray = np.maximum(filled - tracker.slots[rows], 0)
+        missing: IntArray = np.maximum(self._filled(rows) - self.tracker.slots[rows], 0)
         return missing
+
+    def _filled(self, rows: IntArray) -> IntArray:
+        filled: IntArray = (self.tracker.computed[rows] + self.block_size - 1) // self.block_size
+        return filled
 
 
 @dataclass(slots=True)

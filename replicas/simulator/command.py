@@ -349,7 +349,7 @@ def write_json(path: str, args: argparse.Namespace, runs: Seq[Run]) -> None:
         "arguments": arguments,
         "seeds": sorted({r.seed for r in runs}),
         "machine": {
-            "platform": platform.platform(),
+            "system": platform.system(),
             "processor": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
         },
