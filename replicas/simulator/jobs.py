@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
-from tokenflow.loadgen.metrics import percentile
+from tokenflow.loadgen.metrics import StreamRecord, percentile
 from tokenflow.replicas.errors import TokenFlowError
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.simulator.bounds import Bounds
@@ -58,6 +58,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "stall_p99_s": percentile(
             [r.playback().stall_s for r in outcome.records if r.reads] or [0.0], 99
         ),
+        **_dry_shares(outcome.records),
         "preemptions": stats.preemptions,
         "resumes": stats.resumes,
         "recomputed_tokens": stats.recomputed_tokens,
@@ -65,6 +66,17 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "loaded_bytes": stats.loaded_bytes,
         "device_busy_s": outcome.busy_s,
     }
+
+
+def _dry_shares(records: Seq[StreamRecord]) -> dict[str, float]:
+    """For every reading speed, the share of their reading time that its readers sat dry."""
+    shares = {}
+    for rate in sorted({r.token_rate for r in records if r.reads}):
+        own = [r for r in records if r.token_rate == rate]
+        dry = sum(r.playback().stall_s for r in own)
+        reading = sum(r.tokens / rate for r in own)
+        shares[f"dry_share_at_{rate:g}"] = dry / max(dry + reading, 1e-9)
+    return shares
 
 
 def work(job: Job) -> tuple[Run, PlotData | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from tests.support.shared_data import shared_file
 from tokenflow.cluster.cli import build_parser, main
-from tokenflow.loadgen.metrics import percentile
+from tokenflow.loadgen.metrics import StreamRecord, percentile
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.simulator import command, jobs
@@ -272,3 +273,13 @@ def test_the_spread_is_shown_for_more_than_one_seed(tiny, tmp_path):
     ]
     assert f"{min(seen):.0f}-{max(seen):.0f}" in text
     assert "min-max" in text and "…" not in text
+
+
+def test_the_dry_share_of_each_reading_speed_is_reported():
+    def record(rate: float, times: list[float]) -> StreamRecord:
+        return StreamRecord(rate, 0.0, arrivals=[(at, 1) for at in times])
+
+    # Two tokens a second apart at 2 tokens/s: half a second dry in one and a half; none at 1.
+    records = [record(2.0, [0.0, 1.0]), record(1.0, [0.0, 1.0]), record(math.inf, [0.0, 9.0])]
+    shares = jobs._dry_shares(records)
+    assert shares == {"dry_share_at_1": 0.0, "dry_share_at_2": pytest.approx(1 / 3)}
