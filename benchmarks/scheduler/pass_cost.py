@@ -1,7 +1,7 @@
 """What one scheduling pass costs, by the number of active requests.
 
-Bursts through the simulator on a memory for about half of them; timed are the passes of the shipped
-policies once every request has begun, on the states that the run itself makes.
+Bursts through the simulator on a memory for about half of them; timed are the passes of a
+policy once every request has begun, on the states that the run itself makes.
 
 Run: python benchmarks/scheduler/pass_cost.py [--policy NAMES] [--json FILE] [--plot FILE]
 """
@@ -19,13 +19,14 @@ from dataclasses import replace
 from statistics import median
 
 from tokenflow.replicas.scheduler.policy import Plan, Policy, View
-from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
+from tokenflow.replicas.scheduler.registry import make_policy
+from tokenflow.replicas.scheduler.slack import SlackPolicy
 from tokenflow.replicas.simulator.run import simulate
 from tokenflow.replicas.simulator.settings import SETTINGS
 from tokenflow.replicas.simulator.workload import burst, requests
 
 ACTIVE = (50, 100, 200, 400, 1000, 2000, 5000, 10_000)
-PASSES = 400
+PASSES = 100
 
 
 class Enough(Exception):
@@ -100,7 +101,7 @@ def plot(path: str, figures: dict[str, dict[int, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", default=",".join(POLICIES))
+    parser.add_argument("--policy", default=SlackPolicy.name)
     parser.add_argument("--json")
     parser.add_argument("--plot")
     args = parser.parse_args()
