@@ -27,6 +27,8 @@ from tokenflow.replicas.simulator.workload import burst, requests
 
 ACTIVE = (50, 100, 200, 400, 1000, 2000, 5000, 10_000)
 PASSES = 100
+_PATIENCE = 500
+"""Passes after which timing begins whatever has begun."""
 
 
 class Enough(Exception):
@@ -34,8 +36,7 @@ class Enough(Exception):
 
 
 class Timed:
-    """Times the passes of a policy from the moment everybody has begun, or as long as it takes a
-    policy that never gets there."""
+    """Times the passes of a policy from the moment everybody has begun, but does not wait for ever."""
 
     def __init__(self, policy: Policy, active: int) -> None:
         self.name, self.write_through = policy.name, policy.write_through
@@ -49,7 +50,7 @@ class Timed:
         self._passes += 1
         tracker = view.tracker
         ready = len(tracker) and bool((tracker.generated > 0).all())
-        if (ready or self._passes > self._active) and len(tracker) >= 0.9 * self._active:
+        if (ready or self._passes > _PATIENCE) and len(tracker) >= 0.9 * self._active:
             self.seconds.append(took)
         if len(self.seconds) >= PASSES:
             raise Enough
