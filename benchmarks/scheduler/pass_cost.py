@@ -36,7 +36,7 @@ class Enough(Exception):
 
 
 class Timed:
-    """Times the passes of a policy from the moment everybody has begun, but does not wait for ever."""
+    """Times passes from the moment everybody has begun, but does not wait for ever."""
 
     def __init__(self, policy: Policy, active: int) -> None:
         self.name, self.write_through = policy.name, policy.write_through
