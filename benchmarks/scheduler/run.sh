@@ -1,6 +1,7 @@
 #!/bin/sh
 # All scheduler results, in about an hour on 2 cores: sh benchmarks/scheduler/run.sh [FOLDER]
-# The trace is a public one, see the first lines of benchmarks/results/README.md.
+# `tokenflow` and `python` are those of .venv/bin. The trace is a public one, named in
+# benchmarks/results/README.md.
 set -eu
 out=${1:-benchmarks/results}
 trace=${TRACE:-../shared/data/traces/burstgpt2_gpt4_894s.csv}

@@ -6,13 +6,12 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 
 1. A stream comes back when its slack falls to `resume_slack_s` plus the time its load takes. It may
    then take the place of one that has more than `victim_slack_s`, covers its own switch twice over
-   and is `margin_s` better off (without that hysteresis streams chase each other off the device).
+   and is `margin_s` better off (the hysteresis).
 2. While anybody is off the device, a stream is *held*, out of the batch, once its buffer covers a
    tenth of its output: what comes then is worth less to its reader than what another could be
    given. Anyone who lacks `refill` of that buffer may take the place of a held stream.
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
-   with so much left that it would end alone, after all others, runs first (*late*). Otherwise the
-   last seconds of a burst are spent on a handful of streams.
+   with so much left that it would end alone, after all others, runs first (*late*).
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room.
 5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend

@@ -144,7 +144,8 @@ class TokenFlowPolicy:
         return self._balance(view, running, movable, preempted, joining, free, plan, now)
 
     def _gamma(self, view: View) -> float:
-        """Tokens/s of a device full of streams as they are now. [TokenFlow §4.3]"""
+        """Tokens/s of a device full of streams as they are now; infinite when it is empty, which so
+        serves the first one whatever it asks for. [TokenFlow §4.3]"""
         running = view.running()
         if not len(running):
             return math.inf
@@ -169,9 +170,6 @@ class TokenFlowPolicy:
         places = int(view.total_blocks / beta) - view.on_device() + len(movable)
         joining = waiting[: max(places, 0)]
         within = np.cumsum(view.tracker.rate[joining]) <= rate_left
-        # An empty device serves the first one whatever it asks for.
-        if not len(active) and len(within):
-            within[0] = True
         return joining[within]
 
     def _balance(
