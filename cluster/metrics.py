@@ -31,6 +31,22 @@ _COUNTERS = {
     ),
     "loaded_bytes": ("tokenflow_loaded_bytes", "KV bytes copied from host memory."),
     "transfer_errors": ("tokenflow_transfer_errors", "KV copies that failed."),
+    "corrupt_blocks": (
+        "tokenflow_corrupt_blocks",
+        "KV blocks with a wrong checksum when loaded from the host; computed again.",
+    ),
+    "prefix_queried_tokens": (
+        "tokenflow_prefix_queried_tokens",
+        "Prompt tokens looked up in the prefix caches.",
+    ),
+    "prefix_device_hit_tokens": (
+        "tokenflow_prefix_device_hit_tokens",
+        "Of the queried tokens, those found in device blocks.",
+    ),
+    "prefix_host_hit_tokens": (
+        "tokenflow_prefix_host_hit_tokens",
+        "Of the queried tokens, those loaded from the node's KV store.",
+    ),
     "reader_stalls": ("tokenflow_reader_stalls", "Times a reader ran dry, finished requests."),
     "reader_stall_seconds": ("tokenflow_reader_stall_seconds", "Seconds readers sat dry."),
 }
@@ -39,6 +55,10 @@ _GAUGES = {
     "now_running": ("tokenflow_running_requests", "Requests on the device."),
     "now_preempted": ("tokenflow_preempted_requests", "Requests off the device or on their way."),
     "now_free_blocks": ("tokenflow_kv_free_blocks", "Free device KV blocks."),
+    "now_cached_blocks": (
+        "tokenflow_kv_cached_blocks",
+        "Free device KV blocks whose content can still be reused.",
+    ),
     "now_total_blocks": ("tokenflow_kv_total_blocks", "Device KV blocks."),
     "now_free_host_slots": ("tokenflow_host_free_slots", "Host KV slots at hand."),
     "now_rate": (

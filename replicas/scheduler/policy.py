@@ -81,21 +81,24 @@ class View:
         return -(-tokens // self.block_size)
 
     def blocks_needed(self, rows: IntArray) -> IntArray:
-        """Blocks each takes to come onto the device: all its tokens and the next one."""
-        blocks: IntArray = self.tracker.context[rows] // self.block_size + 1
+        """Blocks each takes to come onto the device: all its tokens and the next one, less what
+        others hold of its text."""
+        tracker = self.tracker
+        blocks: IntArray = tracker.context[rows] // self.block_size + 1 - tracker.shared[rows]
         return blocks
 
     def growth(self, rows: IntArray) -> IntArray:
         """Blocks each running one lacks for its next step."""
         tracker = self.tracker
         filled = (tracker.context[rows] - 1) // self.block_size + 1
-        growth: IntArray = np.maximum(filled - tracker.blocks[rows], 0)
+        growth: IntArray = np.maximum(filled - tracker.held[rows], 0)
         return growth
 
     def released_now(self, rows: IntArray) -> IntArray:
         """Blocks that are free as soon as each is preempted for offload."""
         tracker = self.tracker
-        released: IntArray = np.minimum(tracker.synced[rows], tracker.blocks[rows])
+        synced = np.maximum(tracker.synced[rows] - tracker.shared[rows], 0)
+        released: IntArray = np.minimum(synced, tracker.blocks[rows])
         if not self.overlap:
             released = np.where(tracker.synced[rows] < self._filled(rows), 0, released)
         return released

@@ -23,7 +23,8 @@ CODES = {state: code for code, state in enumerate(State)}
 # Columns that change while a request lives, and where they come from.
 _INTS = {
     "computed": "num_computed",
-    "blocks": "num_blocks",
+    "held": "num_blocks",
+    "shared": "shared_blocks",
     "synced": "synced_blocks",
     "resident": "resident_tokens",
     "entered": "entered",
@@ -53,6 +54,7 @@ class Tracker:
         self._added = 0
         self._changed: dict[Sequence, None] = {}
         self._context: IntArray | None = None
+        self._alone: IntArray | None = None
         self._rows: dict[State, IntArray] = {}
         """Derived from the columns when first asked for, until they change."""
 
@@ -94,6 +96,7 @@ class Tracker:
 
     def _forget(self) -> None:
         self._context = None
+        self._alone = None
         self._rows.clear()
 
     def touch(self, seq: Sequence) -> None:
@@ -173,13 +176,27 @@ class Tracker:
 
     @property
     def computed(self) -> IntArray:
-        """Tokens whose KV exists."""
+        """Tokens whose KV exists; of a waiting request, those a cache on the device has."""
         return self._ints("computed")
 
     @property
     def blocks(self) -> IntArray:
-        """Device blocks held."""
-        return self._ints("blocks")
+        """Device blocks it holds alone: free when it leaves."""
+        if self._alone is None:
+            held = np.maximum(self._ints("held") - self._ints("shared"), 0)
+            self._alone = held
+        return self._alone
+
+    @property
+    def held(self) -> IntArray:
+        """Device blocks it holds, alone or with others."""
+        return self._ints("held")
+
+    @property
+    def shared(self) -> IntArray:
+        """Leading blocks of its text that others hold; it takes, or has taken, no memory for
+        them."""
+        return self._ints("shared")
 
     @property
     def synced(self) -> IntArray:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
 from tokenflow.replicas.simulator.hardware import StepCost
+from tokenflow.replicas.transfers import Commit
 
 TOKEN = 1
 """Every simulated token."""
@@ -84,7 +85,7 @@ class SimExecutor:
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._start(self._to_host, pairs)
 
-    def load(self, pairs: Seq[tuple[int, int]]) -> int:
+    def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         return self._start(self._to_device, pairs)
 
     def _start(self, channel: _Channel, pairs: Seq[tuple[int, int]]) -> int:
@@ -125,7 +126,19 @@ class SimHost:
         del self._free[cut:]
         return taken
 
-    def release(self, slots: list[int]) -> None:
+    def match(self, keys: Seq[bytes]) -> list[int]:
+        return []
+
+    def commit(self, blocks: Seq[Commit]) -> None:
+        """Every slot stays its holder's own."""
+
+    def checksums(self, slots: Seq[int]) -> list[int]:
+        return [0] * len(slots)
+
+    def report_corrupt(self, slots: Seq[int]) -> None:
+        """No bytes, no faults."""
+
+    def release(self, slots: Seq[int]) -> None:
         self._free.extend(slots)
 
 

@@ -130,4 +130,6 @@ def _request(request_id: str, arrival: Arrival) -> Request:
         params=SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True),
         token_rate=arrival.token_rate,
         arrival_s=arrival.at_s,
+        # All prompts look alike here; as texts they would have nothing in common.
+        cache_salt=request_id,
     )

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.engines import check_conservation, fake_engine, make_request, tokens_of
+from tests.support.engines import (
+    check_all_free,
+    check_conservation,
+    fake_engine,
+    make_request,
+    tokens_of,
+)
 from tests.support.fake_executor import expected_output
 from tests.support.plans import Checked, check_tracker
 from tokenflow.replicas.output import TokenEvent
@@ -34,6 +40,11 @@ class Spec:
     cancelled: int = NEVER
     rates: tuple[tuple[int, float], ...] = ()
     """(before this step, new rate)."""
+    family: int = 0
+    """Requests of one family have prompts that begin alike; none is like those of family 0."""
+    salt: str | None = None
+    delivered: int = 0
+    """Tokens that another replica generated before."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,22 @@ class Scenario:
     tick: float
     failures: frozenset[int]
     """Steps whose first copy fails; -1: all of them."""
+    flips: frozenset[int]
+    """Steps before which a bit of the host memory falls over."""
     engine: dict[str, bool]
     params: dict[str, float] = field(default_factory=dict)
 
     def prompt(self, i: int) -> list[int]:
-        length = min(self.specs[i].prompt, self.blocks * BLOCK - 1)
-        return [(i * 13 + j) % 250 + 1 for j in range(length)]
+        spec = self.specs[i]
+        length = min(spec.prompt, self.blocks * BLOCK - 1)
+        own = 0 if spec.family else 1
+        first = spec.family * 29 if spec.family else i * 13
+        # Relatives part after two thirds of their prompts.
+        alike = length * 2 // 3
+        return [(first + j + (own or j >= alike) * i) % 250 + 1 for j in range(length)]
+
+    def delivered(self, i: int) -> list[int]:
+        return self.expected(i)[: min(self.specs[i].delivered, self.max_tokens(i) - 1)]
 
     def expected(self, i: int) -> list[int]:
         prompt = self.prompt(i)
@@ -73,6 +94,9 @@ specs = st.builds(
     rates=st.one_of(
         st.just(()), st.lists(st.tuples(steps, st.sampled_from(RATES)), max_size=3).map(tuple)
     ),
+    family=st.integers(0, 2),
+    salt=st.sampled_from([None, None, "a", "b"]),
+    delivered=st.sampled_from([0, 0, 0, 1, 9]),
 )
 
 
@@ -108,8 +132,12 @@ def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
             st.frozensets(st.integers(0, 80), max_size=20),
             st.just(frozenset({-1})),
         ),
+        flips=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 80), max_size=20)),
         engine=st.fixed_dictionaries(
-            {name: switches for name in ("offload", "write_through", "overlap_transfers")}
+            {
+                name: switches
+                for name in ("offload", "write_through", "overlap_transfers", "prefix_cache")
+            }
         ),
         params=policy_params(policy),
     )
@@ -135,6 +163,7 @@ class Run:
             max_batch_tokens=scenario.max_batch_tokens,
             max_model_len=1 << 20,
             tick=scenario.tick,
+            verify_loads="full",
             **scenario.engine,
         )
 
@@ -154,6 +183,8 @@ class Run:
                         scenario.max_tokens(i),
                         rate=scenario.specs[i].rate,
                         arrival_s=clock(),
+                        resumed=scenario.delivered(i),
+                        salt=scenario.specs[i].salt,
                     )
                     engine.check(request)
                     engine.add(request)
@@ -163,6 +194,8 @@ class Run:
                 else:
                     engine.set_rate(f"{i}", what)
             executor.fail_next_job = bool({-1, step} & scenario.failures)
+            if step in scenario.flips and scenario.host_slots:
+                executor.host[step * 7 % scenario.host_slots, step % BLOCK] ^= 1
             engine.step()
             check_conservation(engine, host)
             check_tracker(engine.tracker)
@@ -173,8 +206,7 @@ class Run:
                 stream.append(event)
             step += 1
             assert step < NEVER, "no progress"
-        assert engine.pool.free_blocks == scenario.blocks
-        assert len(host.free) == scenario.host_slots
+        check_all_free(engine, host)
         self.schedule = executor.steps
         return self
 
@@ -191,10 +223,13 @@ class Run:
 
     def check_streams(self) -> None:
         for i, spec in enumerate(self.scenario.specs):
-            events, expected = self.streams[i], self.scenario.expected(i)
+            events = self.streams[i]
+            first = len(self.scenario.delivered(i))
+            expected = self.scenario.expected(i)[first:]
             if events[-1].finish_reason == "cancelled":
                 assert spec.cancelled < NEVER
-                assert [e.offset for e in events[:-1]] == list(range(len(events) - 1))
+                offsets = list(range(first, first + len(events) - 1))
+                assert [e.offset for e in events[:-1]] == offsets
                 assert [e.token_id for e in events[:-1]] == expected[: len(events) - 1]
             else:
                 assert events[-1].finish_reason == "length"

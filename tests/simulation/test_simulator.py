@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from tokenflow.replicas.executor.base import CopyDone
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 from tokenflow.replicas.simulator.executor import SimExecutor, VirtualClock
 from tokenflow.replicas.simulator.hardware import GPUS, MODELS, Roofline
@@ -82,9 +83,13 @@ def test_copies_take_their_time_on_their_own_direction():
     out = executor.offload([(i, i) for i in range(10)])
     back = executor.load([(i, i) for i in range(5)])
     assert executor.poll_transfers() == []
-    assert executor.poll_transfers(timeout_s=1.0) == [(back, None, pytest.approx(5 * block_s))]
+    assert executor.poll_transfers(timeout_s=1.0) == [
+        CopyDone(back, None, pytest.approx(5 * block_s))
+    ]
     assert clock() == pytest.approx(5 * block_s)
-    assert executor.poll_transfers(timeout_s=1.0) == [(out, None, pytest.approx(10 * block_s))]
+    assert executor.poll_transfers(timeout_s=1.0) == [
+        CopyDone(out, None, pytest.approx(10 * block_s))
+    ]
     assert clock() == pytest.approx(10 * block_s)
 
 

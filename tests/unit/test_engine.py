@@ -88,11 +88,11 @@ def test_cancel_frees_everything_in_every_state(state):
         while not seq.decoding:
             engine.step()
     if state in (State.OFFLOADING, State.PREEMPTED, State.LOADING):
-        engine._preempt(seq, Preempt.OFFLOAD)
+        engine.kv.preempt(seq, Preempt.OFFLOAD)
         while state is not State.OFFLOADING and seq.state is State.OFFLOADING:
             engine.wait_for_transfers(0)
     if state is State.LOADING:
-        engine._resume(seq)
+        engine.kv.resume(seq)
     assert seq.state is state
     assert engine.cancel("a")
     check_conservation(engine, host)
@@ -109,16 +109,16 @@ def test_a_failed_copy_means_recompute_never_wrong_text():
     while len(seq.output_ids) < 10:
         engine.step()
     executor.fail_next_job = True
-    engine._preempt(seq, Preempt.OFFLOAD)
+    engine.kv.preempt(seq, Preempt.OFFLOAD)
     while len(seq.output_ids) < 20:
         engine.step()
-    while engine._transfers.active:
+    while engine.kv.transfers.active:
         engine.wait_for_transfers(0)
-    engine._preempt(seq, Preempt.OFFLOAD)
+    engine.kv.preempt(seq, Preempt.OFFLOAD)
     while seq.state is not State.PREEMPTED:
         engine.wait_for_transfers(0)
     executor.fail_next_job = True
-    engine._resume(seq)
+    engine.kv.resume(seq)
     events = [e for e in engine.take_events()]
     rest = run_to_end(engine, host)["a"]
     assert tokens_of(events + rest) == expected_output(PROMPTS[2], 40)
