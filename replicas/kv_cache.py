@@ -421,7 +421,8 @@ class KVCache:
             load_queue=self.transfers.queued(to_host=False),
             others=self._tracker.count(State.RUNNING),
         )
-        if not wanted or not self._reserve(seq, filled):
+        filled = min(filled, len(seq.host_slots) + self.host.available())
+        if not wanted or filled <= sent or not self._reserve(seq, filled):
             return sent * self.block_size
         overlap = self._config.overlap_transfers
         kept = [] if overlap else seq.block_ids[:sent].tolist()
@@ -429,8 +430,8 @@ class KVCache:
             end = min(first + _CHUNK_BLOCKS, filled)
             copies = self._outgoing(seq, first, end)
             self.transfers.start(Kind.OFFLOAD, copies, kept if end == filled else [])
-        self._stats.offloaded_bytes += unsent * self._block_bytes
-        return seq.num_computed
+        self._stats.offloaded_bytes += (filled - sent) * self._block_bytes
+        return min(seq.num_computed, filled * self.block_size)
 
     def _outgoing(self, seq: Sequence, first: int, end: int) -> list[Copy]:
         full = seq.num_computed // self.block_size
@@ -500,6 +501,7 @@ class KVCache:
             if going and self._key(seq, seq.sent_blocks, full) in going:
                 # Another holder of the same blocks sends them; this one finds them there later.
                 continue
+            end = min(end, len(seq.host_slots) + self.host.available())
             if not self._reserve(seq, end):
                 break
             if end > seq.sent_blocks:
