@@ -9,11 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tokenflow.replicas.block_pool import BlockPool
 from tokenflow.replicas.executor.base import CopyDone, Executor
 from tokenflow.replicas.request import Sequence
+
+
+class Commit(NamedTuple):
+    """A private host slot that has been filled and is to be shared under its key."""
+
+    slot: int
+    key: bytes
+    """16 bytes, a digest of the block's content and of all that comes before it."""
+    request_id: str
+    position: int
+    """Index of the block in its sequence."""
+    checksum: int
+    """u64, of the bytes in the slot."""
 
 
 class HostSlots(Protocol):
