@@ -111,8 +111,7 @@ class Replica:
             logger.warning("serving without host KV: %s", error)
             return NullHostSlots(), None, None
         segment = Segment.attach(control.info.path, slot_bytes=slot_bytes)
-        quota = control.info.owner_quota
-        slots = HostSlots(control, quota, high_water=quota if sharers == 1 else None)
+        slots = HostSlots(control, segment.tables(), control.info.owner_quota)
         return slots, segment, segment.tensor()
 
     # -- from the engine ------------------------------------------------------------------------
