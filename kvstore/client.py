@@ -147,6 +147,8 @@ class HostSlots:
             else:
                 self._refused += 1
             wake = self._missing() > 0 and not self._starved
+            if wake and not self._background:
+                self._fetch()
         if wake:
             self._wake.set()
         return slots
