@@ -147,7 +147,7 @@ def test_reapers_never_take_a_segment_that_is_being_made(spawn, directory):
     """The gap between making the file and locking it: creation must win or start over."""
     creator = spawn()
     creator.do("churn", 1)  # started up
-    creator.tell("churn", 3000)
+    creator.tell("churn", 1500)
     output = creator.process.stdout
     while not select.select([output], [], [], 0)[0]:
         reap_orphans(directory)
