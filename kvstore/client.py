@@ -103,7 +103,7 @@ class HostSlots:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._demand = 0  # size of the largest acquire refused since the store was last asked
-        self._starved = False  # the store gave too little; ask again by the clock only
+        self._starved = False  # the last lease was a small one; ask again by the clock only
         self._settling = False  # far more than the high mark is free; a window is being watched
         self._low_tide = 0  # fewest free slots since that window began
         self._lost = False
@@ -261,12 +261,13 @@ class HostSlots:
         return slots
 
     def _missing(self) -> int:
-        """Slots to ask the store for."""
+        """Slots to ask the store for; fewer than an extent only if they are wanted right now."""
         free = len(self._free)
         if self._lost or self._closing.is_set() or free >= max(self._low, self._demand):
             return 0
         wanted = max(max(self._high, self._demand) - free, self._extent)
-        return max(0, min(wanted, self._capacity - free - self._holds.count))
+        missing = max(0, min(wanted, self._capacity - free - self._holds.count))
+        return missing if missing >= self._extent or free < self._demand else 0
 
     def _over(self) -> int:
         """Free slots to give back because matches used the capacity up; an extent if possible."""
@@ -329,7 +330,7 @@ class HostSlots:
         with self._lock:
             if not self._closing.is_set():
                 self._put(slots)
-            self._starved = len(slots) < missing
+            self._starved = len(slots) < max(missing, self._extent)
             return self._retry_s if self._starved else 0.0
 
     def _await_store(self, error: StoreUnavailableError) -> None:

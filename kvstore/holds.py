@@ -108,7 +108,7 @@ class Holds:
         return sums
 
     def report_corrupt(self, slots: Sequence[int]) -> None:
-        self._check(slots)
+        self._check(list(set(slots)))
         for slot in slots:
             self._corrupt[slot] = 1
 

@@ -16,6 +16,7 @@ worst microseconds; a grace of milliseconds is beyond that. So if the reader sti
 its pin, written before that look, is seen by the store after the grace, and the slot stays. If the
 pin came too late to be seen, the look came later still and found EVICTING. The key is read after
 the state because a slot that is COMMITTED once more under another key had its key written first.
+This last relies on stores being seen in the order they were made, as x86-64 has it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A KV store and its replicas as real processes, to be killed: a script run by the process tests.
 
     kvstore_process.py store DIRECTORY SOCKET NUM_SLOTS
-    kvstore_process.py replica SOCKET SEED SECONDS
+    kvstore_process.py replica SOCKET SEED ROUNDS
 
 The store serves a `KVStoreActor` over a Unix socket in the place of Ray. A replica reads and writes
 blocks whose bytes follow from their keys, more of them than the store has slots, and checks every
-block it is given. It prints "ready" once it works and a line of JSON at the end.
+block it is given. It prints "ready" once it works, ends after so many rounds, but not before its
+standard input does, and prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow.kvstore.actor import KVStoreActor
 from tokenflow.kvstore.client import HostSlots
 from tokenflow.kvstore.control import StoreUnavailableError
 from tokenflow.kvstore.node import StoreConfig
@@ -37,6 +37,8 @@ CHAINS, DEPTH = 40, 4
 
 
 def serve(directory: str, socket: str, num_slots: int) -> None:
+    from tokenflow.kvstore.actor import KVStoreActor  # imports Ray, which replicas do without
+
     config = StoreConfig(
         total_bytes=num_slots * SLOT_BYTES,
         slot_bytes=SLOT_BYTES,
@@ -115,7 +117,9 @@ def content(key: bytes) -> np.ndarray:
     return np.frombuffer(key * (SLOT_BYTES // len(key)), np.uint8)
 
 
-def work(socket: str, seed: int, seconds: float) -> dict[str, Any]:
+def work(socket: str, seed: int, least: int) -> dict[str, Any]:
+    told = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), told.set()), daemon=True).start()
     control = SocketControl(socket)
     segment = Segment.attach(control.info.path, slot_bytes=SLOT_BYTES)
     header = segment.header
@@ -125,8 +129,7 @@ def work(socket: str, seed: int, seconds: float) -> dict[str, Any]:
     rng = random.Random(seed)
     rounds = wrong = 0
     print("ready", flush=True)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while rounds < least or not told.is_set():
         rounds += 1
         chain = min(rng.randrange(CHAINS), rng.randrange(CHAINS))
         keys = [key(chain, depth) for depth in range(DEPTH)]
@@ -165,4 +168,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "store":
         serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
-        print(json.dumps(work(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))), flush=True)
+        print(json.dumps(work(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))), flush=True)

@@ -427,6 +427,24 @@ def test_calls_are_in_bulk_from_the_background_too(control):
     assert stats.calls <= stats.acquired / EXTENT
 
 
+def test_at_the_capacity_the_store_is_not_asked_for_crumbs(control):
+    """Every release opens room for a little; only a refused acquire may ask for so little."""
+    slots = HostSlots(control, control.store.tables, 40, low_water=20, high_water=40, retry_s=3600)
+    assert control.leases.get() == 40
+    taken = slots.acquire(40)
+    slots.commit([block(slot, slot) for slot in taken])
+    timeouts = watch_waits(slots)
+    for slot in taken[:15]:
+        slots.release([slot])
+        slots._wake.set()
+    assert timeouts.get(timeout=60) is None
+    assert control.leases.empty()
+    assert slots.acquire(2) is None
+    assert control.leases.get(timeout=60) == 15
+    until(lambda: slots.available() == 15)
+    slots.close()
+
+
 def test_fresh_slots_come_in_ascending_runs():
     _, ours = single(4096, names="a")
     runs = [ours.acquire(10) for _ in range(20)]
