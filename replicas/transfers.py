@@ -123,12 +123,15 @@ class Transfers:
         """Host slot -> jobs that touch it."""
         self._let_go: list[int] = []
         """Holds given up by their sequence while a job still touched the slot."""
+        self._unsummed: dict[int, Job] = {}
+        """Copied to the host, but their checksums are still to come."""
         self._private: dict[int, int] = {}
         """Checksums of filled slots that are not published."""
 
     @property
     def active(self) -> int:
-        return len(self._jobs)
+        """Jobs of which a report is still to come."""
+        return len(self._jobs) + len(self._unsummed)
 
     @property
     def releasing_blocks(self) -> int:
@@ -186,34 +189,47 @@ class Transfers:
             if self._until_check <= 0:
                 self._until_check = self._verify_every
                 checked.append(i)
+        unsummed = {copy.slot for job in self._unsummed.values() for copy in job.copies}
+        checked = [i for i in checked if copies[i].slot not in unsummed]
         published = [i for i in checked if copies[i].slot not in self._private]
         sums = self._host.checksums([copies[i].slot for i in published])
         for i, checksum in zip(published, sums, strict=True):
-            expected[i] = checksum
-        for i in checked:
-            if expected[i] is None:
-                expected[i] = self._private[copies[i].slot]
+            expected[i] = checksum or None  # 0: the writer computed none
+        for i in set(checked) - set(published):
+            expected[i] = self._private[copies[i].slot]
         return expected
 
     def collect(self, timeout_s: float = 0.0) -> list[tuple[Job, CopyDone]]:
-        """Jobs that ended since the last call; waits at most `timeout_s` for the first."""
-        if not self._jobs:
+        """Copies that ended since the last call; waits at most `timeout_s` for the first."""
+        if not self.active:
             return []
         ended = []
         for done in self._executor.poll_transfers(timeout_s):
+            job = self._unsummed.pop(done.job_id, None)
+            if job is not None:
+                self._publish(job, done.checksums)
+                self._free_slots(job)
+                continue
             job = self._jobs.pop(done.job_id)
-            if job.kind is not Kind.LOAD and done.error is None:
-                self._publish(job, done)
-            elif done.corrupt:
+            self._pool.release([copy.block for copy in job.copies])
+            self._pool.release(job.kept)
+            if job.kind is Kind.LOAD:
                 slots = [job.copies[i].slot for i in done.corrupt]
                 self._host.report_corrupt([s for s in slots if s not in self._private])
-            self._settle(job)
+                self._free_slots(job)
+            elif done.error is not None:
+                self._free_slots(job)
+            elif done.checksums is None:
+                self._unsummed[job.job_id] = job
+            else:
+                self._publish(job, done.checksums)
+                self._free_slots(job)
             ended.append((job, done))
         return ended
 
-    def _publish(self, job: Job, done: CopyDone) -> None:
-        sums = done.checksums or (0,) * len(job.copies)
+    def _publish(self, job: Job, checksums: tuple[int, ...] | None) -> None:
         filled = []
+        sums = checksums or (0,) * len(job.copies)
         for copy, checksum in zip(job.copies, sums, strict=True):
             if copy.key is None:
                 self._private[copy.slot] = checksum
@@ -225,9 +241,7 @@ class Transfers:
         if filled:
             self._host.commit(filled)
 
-    def _settle(self, job: Job) -> None:
-        self._pool.release([copy.block for copy in job.copies])
-        self._pool.release(job.kept)
+    def _free_slots(self, job: Job) -> None:
         for copy in job.copies:
             self._busy[copy.slot] -= 1
             if self._busy[copy.slot] == 0:

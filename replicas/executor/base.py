@@ -86,14 +86,16 @@ class StepResult:
 
 
 class CopyDone(NamedTuple):
-    """The end of a copy job."""
+    """The end of a copy job. Where checksums take time of their own, they follow in a second
+    report of the same job."""
 
     job_id: int
     error: Exception | None
     seconds: float
     """How long the copy itself took, without waiting in a queue."""
-    checksums: tuple[int, ...] = ()
-    """Of each block copied to the host, xxh3 of 64 bits; empty where no bytes are moved."""
+    checksums: tuple[int, ...] | None = ()
+    """Of each block copied to the host, xxh3 of 64 bits; empty where no bytes are moved, None when
+    they follow."""
     corrupt: tuple[int, ...] = ()
     """Places in the job of loaded blocks whose checksum was not the expected one."""
 

@@ -2,7 +2,8 @@
 
 Both sides are uint8 `[blocks, block_bytes]`: one block is one contiguous copy, and neighbours go
 in one. On a CPU one worker thread copies; on a GPU two side streams do, one per direction, and a
-thread each waits for them. Checksums are computed by those threads, without the GIL.
+thread each waits for them. What went to the host is reported as soon as it is there; its checksums
+are computed when nothing waits to be copied, and reported after it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ class _Reports:
 
 
 class _HostMemory:
-    """The host side as bytes. Raises KVStoreError on use when there is none."""
+    """The host side. Raises KVStoreError on use when there is none."""
 
     def __init__(self, host: torch.Tensor | None) -> None:
         self._host = host
@@ -91,17 +93,73 @@ class _HostMemory:
             raise KVStoreError("this executor has no host memory to copy to")
         return self._host
 
-    def checksum(self, slot: int) -> int:
+    def checksums(self, slots: Seq[int]) -> tuple[int, ...]:
         assert self._bytes is not None
-        return xxhash.xxh3_64_intdigest(self._bytes[slot])
+        return tuple(xxhash.xxh3_64_intdigest(self._bytes[slot]) for slot in slots)
 
     def corrupt(self, slots: Seq[int], expected: Seq[int | None]) -> tuple[int, ...]:
         """Places in the job whose bytes are not what they were."""
+        checked = [i for i, checksum in enumerate(expected) if checksum is not None]
+        found = self.checksums([slots[i] for i in checked])
         return tuple(
-            i
-            for i, checksum in enumerate(expected)
-            if checksum is not None and self.checksum(slots[i]) != checksum
+            i for i, checksum in zip(checked, found, strict=True) if checksum != expected[i]
         )
+
+
+_MOST_UNSUMMED = 64
+"""Jobs whose checksums may be put off; their slots cannot be shared until then."""
+
+
+class _Worker:
+    """A thread that ends jobs in order, and computes checksums while it has nothing else to do."""
+
+    def __init__(
+        self, memory: _HostMemory, reports: _Reports, end: Callable[[Any], CopyDone]
+    ) -> None:
+        """`end` waits for a job, or does it, and says what came of it."""
+        self._memory = memory
+        self._reports = reports
+        self._end = end
+        self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._unsummed: deque[_Job] = deque()
+        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
+        self._thread.start()
+
+    def put(self, job: _Job) -> None:
+        self._todo.put(job)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._todo.get(block=not self._unsummed)
+            except queue.Empty:
+                self._sum_oldest()
+                continue
+            if job is None:
+                return
+            done = self._end(job)
+            self._reports.put(done)
+            if done.checksums is None:
+                self._unsummed.append(job)
+            if len(self._unsummed) > _MOST_UNSUMMED:
+                self._sum_oldest()
+
+    def _sum_oldest(self) -> None:
+        job = self._unsummed.popleft()
+        sums = self._memory.checksums([slot for _, slot in job.pairs])
+        self._reports.put(CopyDone(job.job_id, None, 0.0, sums))
+
+    def close(self) -> None:
+        self._todo.put(None)
+        self._thread.join()
+
+
+class _Job(Protocol):
+    @property
+    def job_id(self) -> int: ...
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]: ...
 
 
 class CopyThread:
@@ -111,10 +169,8 @@ class CopyThread:
         self._device = device
         self._memory = _HostMemory(host)
         self._reports = _Reports()
-        self._todo: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._worker = _Worker(self._memory, self._reports, self._copy)
         self._last = 0
-        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
-        self._thread.start()
 
     def to_host(self, pairs: Pairs) -> int:
         return self._put(self._device, self._memory.tensor, pairs, None)
@@ -130,50 +186,46 @@ class CopyThread:
         expected: Seq[int | None] | None,
     ) -> int:
         self._last += 1
-        self._todo.put((self._last, source, target, list(pairs), expected))
+        self._worker.put(_CpuJob(self._last, list(pairs), source, target, expected))
         return self._last
 
-    def _run(self) -> None:
-        while (job := self._todo.get()) is not None:
-            job_id, source, target, pairs, expected = job
-            begun = time.perf_counter()
-            error: Exception | None = None
-            sums: tuple[int, ...] = ()
-            corrupt: tuple[int, ...] = ()
-            seconds = 0.0
-            try:
-                _check(pairs, source.shape[0], target.shape[0])
-                _copy(source, target, pairs)
-                seconds = time.perf_counter() - begun
-                if expected is None:
-                    sums = tuple(self._memory.checksum(slot) for _, slot in pairs)
-                else:
-                    corrupt = self._memory.corrupt([slot for slot, _ in pairs], expected)
-            except Exception as failure:  # reported, and the next job still runs
-                error = failure
-            self._reports.put(CopyDone(job_id, error, seconds, sums, corrupt))
+    def _copy(self, job: _CpuJob) -> CopyDone:
+        begun = time.perf_counter()
+        corrupt: tuple[int, ...] = ()
+        try:
+            _copy(job.source, job.target, job.pairs)
+            seconds = time.perf_counter() - begun
+            if job.expected is not None:
+                corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+        except Exception as failure:  # reported, and the next job still runs
+            return CopyDone(job.job_id, failure, 0.0)
+        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
         return self._reports.poll(timeout_s)
 
     def close(self) -> None:
-        self._todo.put(None)
-        self._thread.join()
+        self._worker.close()
 
 
-def _check(pairs: Pairs, sources: int, targets: int) -> None:
-    """Raise IndexError for a place that does not exist: what follows works on bare addresses."""
-    for source, target in pairs:
-        if not (0 <= source < sources and 0 <= target < targets):
-            raise IndexError(f"no copy from {source} of {sources} to {target} of {targets}")
+class _CpuJob(NamedTuple):
+    job_id: int
+    pairs: list[tuple[int, int]]
+    source: torch.Tensor
+    target: torch.Tensor
+    expected: Seq[int | None] | None
+    """None on the way to the host."""
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
-    # memmove without the GIL: torch would take its own threads to a copy of this size, and they
-    # are busy with the forward pass.
+    """Copy blocks by memmove, without the GIL: torch would take its own threads to a copy of this
+    size, and they are busy with the forward pass. Raises IndexError for a block that is not there.
+    """
     size = source.shape[1]
     from_address, to_address = source.data_ptr(), target.data_ptr()
     for first, to, blocks in runs(pairs):
+        if min(first, to) < 0 or first + blocks > len(source) or to + blocks > len(target):
+            raise IndexError(f"no copy of {blocks} from {first} of {len(source)} to {to}")
         ctypes.memmove(to_address + to * size, from_address + first * size, blocks * size)
 
 
@@ -186,36 +238,25 @@ class CudaCopies:
         self._pinned = None if host is None else _pin(host)
         self._reports = _Reports()
         self._last = 0
-        self._out = _Direction(device.device, self._reports)
-        self._in = _Direction(device.device, self._reports)
+        self._out = _Direction(device.device, self._memory, self._reports)
+        self._in = _Direction(device.device, self._memory, self._reports)
 
     def to_host(self, pairs: Pairs) -> int:
-        host = self._memory.tensor
-        slots = [slot for _, slot in pairs]
-        return self._start(
-            self._out,
-            self._device,
-            host,
-            pairs,
-            lambda: (tuple(self._memory.checksum(slot) for slot in slots), ()),
-        )
+        return self._start(self._out, self._device, self._memory.tensor, pairs, None)
 
     def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
-        host = self._memory.tensor
-        slots = [slot for slot, _ in pairs]
         # A slot is loaded only after its offload was reported, but a resumed request may be
         # loaded while its blocks' former copies drain: keep the directions in order.
         self._in.stream.wait_stream(self._out.stream)
-        return self._start(
-            self._in,
-            host,
-            self._device,
-            pairs,
-            lambda: ((), self._memory.corrupt(slots, expected)),
-        )
+        return self._start(self._in, self._memory.tensor, self._device, pairs, expected)
 
     def _start(
-        self, way: _Direction, source: torch.Tensor, target: torch.Tensor, pairs: Pairs, check: Any
+        self,
+        way: _Direction,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        pairs: Pairs,
+        expected: Seq[int | None] | None,
     ) -> int:
         way.stream.wait_stream(torch.cuda.current_stream(self._device.device))
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -225,43 +266,48 @@ class CudaCopies:
                 target[to : to + blocks].copy_(source[first : first + blocks], non_blocking=True)
             ended.record(way.stream)
         self._last += 1
-        way.todo.put((self._last, begun, ended, check))
+        way.worker.put(_CudaJob(self._last, list(pairs), begun, ended, expected))
         return self._last
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
         return self._reports.poll(timeout_s)
 
     def close(self) -> None:
-        self._out.close()
-        self._in.close()
+        self._out.worker.close()
+        self._in.worker.close()
         if self._pinned is not None:
             _unpin(self._pinned)
+
+
+class _CudaJob(NamedTuple):
+    job_id: int
+    pairs: list[tuple[int, int]]
+    begun: Any
+    ended: Any
+    """Events with timing."""
+    expected: Seq[int | None] | None
+    """None on the way to the host."""
 
 
 class _Direction:
     """A stream, and the thread that waits for what was put on it."""
 
-    def __init__(self, device: torch.device, reports: _Reports) -> None:
+    def __init__(self, device: torch.device, memory: _HostMemory, reports: _Reports) -> None:
         self.stream: Any = torch.cuda.Stream(device)
-        self.todo: queue.SimpleQueue[tuple[int, Any, Any, Any] | None] = queue.SimpleQueue()
-        self._reports = reports
-        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
-        self._thread.start()
+        self.worker = _Worker(memory, reports, self._wait)
+        self._memory = memory
 
-    def _run(self) -> None:
-        while (job := self.todo.get()) is not None:
-            job_id, begun, ended, check = job
-            try:
-                ended.synchronize()
-                sums, corrupt = check()
-                done = CopyDone(job_id, None, begun.elapsed_time(ended) / 1e3, sums, corrupt)
-            except Exception as failure:  # reported, and the next job is still waited for
-                done = CopyDone(job_id, failure, 0.0)
-            self._reports.put(done)
-
-    def close(self) -> None:
-        self.todo.put(None)
-        self._thread.join()
+    def _wait(self, job: _CudaJob) -> CopyDone:
+        corrupt: tuple[int, ...] = ()
+        try:
+            if job.expected is not None:
+                # Beside the copy, which only reads the same bytes.
+                corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+            job.ended.synchronize()
+            seconds = job.begun.elapsed_time(job.ended) / 1e3
+        except Exception as failure:  # reported, and the next job is still waited for
+            return CopyDone(job.job_id, failure, 0.0)
+        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
 
 
 def _pin(host: torch.Tensor) -> torch.Tensor | None:

@@ -101,7 +101,9 @@ class RecordingExecutor:
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         done = self._inner.poll_transfers(timeout_s)
         for copy in done:
-            job = self._jobs.pop(copy.job_id)
+            job = self._jobs.pop(copy.job_id, None)
+            if job is None:
+                continue  # the checksums of a copy that was recorded before
             if copy.error is None:
                 alone = job.alone and timeout_s > 0
                 self.copies.append(Copy(job.to_host, job.bytes, copy.seconds, alone))

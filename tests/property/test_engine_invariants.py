@@ -53,6 +53,7 @@ class Scenario:
     blocks: int
     host_slots: int
     delay: int
+    late_sums: bool
     max_num_seqs: int
     max_batch_tokens: int
     tick: float
@@ -124,6 +125,7 @@ def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
         blocks=st.one_of(st.integers(3, 12), st.integers(13, 60)),
         host_slots=st.sampled_from([0, 8, 40, 200]),
         delay=st.integers(0, 4),
+        late_sums=st.booleans(),
         max_num_seqs=st.integers(1, 8),
         max_batch_tokens=st.sampled_from([16, 24, 64]),
         tick=st.sampled_from([0.001, 0.05, 0.5]),
@@ -159,6 +161,7 @@ class Run:
             block_size=BLOCK,
             host_slots=scenario.host_slots,
             delay=scenario.delay,
+            late_sums=scenario.late_sums,
             max_num_seqs=scenario.max_num_seqs,
             max_batch_tokens=scenario.max_batch_tokens,
             max_model_len=1 << 20,

@@ -36,11 +36,12 @@ def fake_engine(
     max_batch_tokens: int = 32,
     max_model_len: int = 256,
     delay: int = 1,
+    late_sums: bool = False,
     tick: float = 0.01,
     eos_ids: tuple[int, ...] = (0,),
     **config: Any,
 ) -> tuple[Engine, FakeExecutor, FakeHost, Clock]:
-    executor = FakeExecutor(blocks, block_size, host_slots, delay=delay)
+    executor = FakeExecutor(blocks, block_size, host_slots, delay=delay, late_sums=late_sums)
     host = FakeHost(host_slots)
     clock = Clock(tick)
     engine = Engine(

@@ -34,18 +34,26 @@ def expected_output(prompt: list[int], n: int) -> list[int]:
 
 class FakeExecutor:
     def __init__(
-        self, num_blocks: int, block_size: int, host_slots: int, *, delay: int = 1
+        self,
+        num_blocks: int,
+        block_size: int,
+        host_slots: int,
+        *,
+        delay: int = 1,
+        late_sums: bool = False,
     ) -> None:
         self.layout = KVLayout(1, block_size, 1, 1, "float32")
         self.num_blocks = num_blocks
         self.vocab_size = VOCAB
         self.delay = delay
+        self.late_sums = late_sums
         self.fail_next_job = False
         self.kv = np.full((num_blocks, block_size), -1)
         self.host = np.full((host_slots, block_size), -1)
         self.steps: list[list[tuple[int, int]]] = []
         self.closed = False
         self._jobs: list[list] = []
+        self._sums: list[list] = []
         self._next_job = 0
 
     def execute(self, batch: list[ScheduledSequence]) -> StepResult:
@@ -107,9 +115,17 @@ class FakeExecutor:
                 error = RuntimeError("copy failed") if job[3] else None
                 found = {} if error else job[2]()
                 self._jobs.remove(job)
-                done.append(CopyDone(job[0], error, 0.01, **found))
+                if self.late_sums and "checksums" in found:
+                    done.append(CopyDone(job[0], error, 0.01, None))
+                    self._sums.append([job[0], self.delay, found["checksums"]])
+                else:
+                    done.append(CopyDone(job[0], error, 0.01, **found))
             else:
                 break
+        for late in self._sums:
+            late[1] -= 1
+        done += [CopyDone(job_id, None, 0.0, sums) for job_id, left, sums in self._sums if left < 0]
+        self._sums = [late for late in self._sums if late[1] >= 0]
         return done
 
     def close(self) -> None:

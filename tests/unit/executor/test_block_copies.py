@@ -28,9 +28,9 @@ def copies(memory):
     thread.close()
 
 
-def wait(copies, jobs=1):
+def wait(copies, reports=1):
     done = []
-    while len(done) < jobs:
+    while len(done) < reports:
         done += copies.poll(5.0)
     return done
 
@@ -56,18 +56,20 @@ def test_blocks_go_both_ways(memory, copies):
     out = list(zip(rng.sample(range(40), 12), rng.sample(range(40), 12), strict=True))
     out += [(36, 30), (37, 31), (38, 32)] if not {30, 31, 32} & {s for _, s in out} else []
     first = copies.to_host(out)
-    (done,) = wait(copies)
-    assert (done.job_id, done.error, done.corrupt) == (first, None, ())
+    done, summed = wait(copies, 2)
+    assert (done.job_id, done.error, done.checksums) == (first, None, None)
+    assert done.seconds > 0
     for block, slot in out:
         assert torch.equal(host[slot], device[block])
     untouched = [s for s in range(40) if s not in {slot for _, slot in out}]
     assert torch.equal(host[untouched], before[untouched])
-    assert done.checksums == tuple(
+    assert summed.job_id == first
+    assert summed.checksums == tuple(
         xxhash.xxh3_64_intdigest(device[block].numpy()) for block, _ in out
     )
     wanted = [host[slot].clone() for _, slot in out]
     back = [(slot, i) for i, (_, slot) in enumerate(out)]
-    second = copies.to_device(back, done.checksums)
+    second = copies.to_device(back, summed.checksums)
     (done,) = wait(copies)
     assert (done.job_id, done.error, done.corrupt) == (second, None, ())
     for i, content in enumerate(wanted):
@@ -91,8 +93,8 @@ def test_a_copy_from_or_to_nowhere_is_an_error_and_the_next_one_runs(memory, cop
     copies.to_host([(0, 40)])
     copies.to_device([(-1, 3)], ())
     copies.to_host([(5, 6)])
-    done = wait(copies, 3)
-    assert [type(d.error) for d in done] == [IndexError, IndexError, type(None)]
+    done = wait(copies, 4)
+    assert [type(d.error) for d in done] == [IndexError, IndexError, type(None), type(None)]
     assert torch.equal(host[6], device[5])
 
 
@@ -101,3 +103,13 @@ def test_without_host_memory_the_error_says_so(memory):
     with pytest.raises(KVStoreError, match="no host memory"):
         copies.to_host([(0, 0)])
     copies.close()
+
+
+def test_copies_go_before_checksums_but_those_come_all(memory, copies):
+    jobs = [copies.to_host([(i % 40, i % 40)]) for i in range(300)]
+    done = wait(copies, 600)
+    copied = [d.job_id for d in done if d.checksums is None]
+    summed = [d.job_id for d in done if d.checksums is not None]
+    assert copied == summed == jobs
+    # However many copies wait, some of the checksums come in between.
+    assert done.index(next(d for d in done if d.job_id == jobs[0] and d.checksums)) < 300
