@@ -1,4 +1,4 @@
-"""What a request is told of the prefix cache, and with whom it shares it."""
+"""How much of a prompt came out of a cache, as the request is told with its first token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 from tests.support.engines import fake_engine, make_request, run_to_end, tokens_of
 from tests.support.fake_executor import expected_output
 from tokenflow.replicas.engine import Engine
-from tokenflow.replicas.executor.base import KVLayout
-from tokenflow.replicas.prefix import extend_keys, model_root, salted
 
 BLOCK = 4
 PROMPT = list(range(1, 15))
@@ -64,7 +62,7 @@ def test_of_two_at_once_the_second_takes_what_the_first_computes():
 def test_what_the_host_has_counts_as_cached():
     engine, _, host, _ = fake_engine(block_size=BLOCK)
     cached(engine, host)
-    empty_the_device(engine)
+    engine.kv.pool.clear()
     assert cached(engine, host) == 12
     assert engine.stats.prefix_host_hit_tokens == 12
 
@@ -73,7 +71,7 @@ def test_what_the_host_has_counts_as_cached():
 def test_blocks_of_the_host_that_are_corrupt_are_not_counted(broken):
     engine, executor, host, _ = fake_engine(block_size=BLOCK, verify_loads="full")
     cached(engine, host)
-    empty_the_device(engine)
+    engine.kv.pool.clear()
     key = engine.kv.prompt_keys(tuple(PROMPT), None)[broken]
     executor.host[host.slot_of[key]] += 1
     assert cached(engine, host) == broken * BLOCK
@@ -96,20 +94,7 @@ def test_only_requests_with_the_same_salt_share():
 
 
 def test_a_salt_that_spells_a_block_is_not_that_block():
-    block = PROMPT[:BLOCK]
-    spelt = array("i", block).tobytes().decode()
+    spelt = array("i", PROMPT[:BLOCK]).tobytes().decode()
     engine, _, host, _ = fake_engine(block_size=BLOCK)
     assert cached(engine, host) == 0
     assert cached(engine, host, PROMPT[BLOCK:], salt=spelt) == 0
-    root = model_root(b"model", KVLayout(1, BLOCK, 1, 1, "float32"))
-    keys: list[bytes] = []
-    extend_keys(keys, root, block, BLOCK, 1)
-    assert salted(root, spelt) not in keys
-
-
-def empty_the_device(engine: Engine) -> None:
-    """Leave what is cached to the host alone."""
-    pool = engine.kv.pool
-    blocks = pool.allocate(pool.num_blocks)
-    assert blocks is not None
-    pool.release(blocks)
