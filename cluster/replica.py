@@ -160,6 +160,7 @@ class Replica:
                 params=submission.params,
                 token_rate=submission.token_rate,
                 resumed_ids=submission.resumed_ids,
+                cache_salt=submission.cache_salt,
                 arrival_s=time.monotonic() - submission.waited_s,
             )
         )

@@ -409,6 +409,8 @@ class Engine:
     ) -> None:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
+        # A moved request's figure was told by the replica that drew its first token.
+        cached_tokens = 0 if seq.output_ids else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
@@ -421,6 +423,7 @@ class Engine:
                 unix_now,
                 logprobs,
                 reason.value if reason else None,
+                cached_tokens=cached_tokens,
             )
         )
         if reason is not None:

@@ -304,6 +304,8 @@ class KVCache:
         del self._loads[seq]
         intact = load.valid >= load.upto
         seq.num_computed = load.tokens if intact else load.valid * self.block_size
+        # What did not arrive intact has to be computed after all.
+        seq.cached_tokens = min(seq.cached_tokens, seq.num_computed)
         full = seq.num_computed // self.block_size
         # The last block goes on filling up on the device, so its host copy is stale from now on.
         self._forget_copies(seq, full, keep_slots=intact)

@@ -148,7 +148,7 @@ class Sequence:
         self.keys: list[bytes] = []
         """Keys of leading full blocks, as far as they were needed (see prefix.py)."""
         self.cached_tokens = 0
-        """Prompt tokens that a cache spared it when it was first admitted."""
+        """Prompt tokens that a cache spared it before its first token."""
         self.buffers: list[int] = []
         """The reader's buffer just after each token, for effective throughput."""
         self.preemptions = 0

@@ -229,6 +229,10 @@ class Run:
             events = self.streams[i]
             first = len(self.scenario.delivered(i))
             expected = self.scenario.expected(i)[first:]
+            # One token is computed at least, and a moved request was told before.
+            most = 0 if first else len(self.scenario.prompt(i)) - 1
+            assert events[0].cached_tokens in range(most + 1)
+            assert not any(event.cached_tokens for event in events[1:])
             if events[-1].finish_reason == "cancelled":
                 assert spec.cancelled < NEVER
                 offsets = list(range(first, first + len(events) - 1))

@@ -2,6 +2,7 @@
 
 import json
 import random
+from array import array
 
 import pytest
 
@@ -67,6 +68,12 @@ def test_models_layouts_and_salts_share_nothing():
     ]
     assert len({keys_of(range(4), root)[0] for root in roots}) == len(roots)
     assert salted(ROOT, None) == ROOT
+
+
+def test_a_salt_that_spells_a_block_is_not_the_key_of_that_block():
+    tokens = [104, 105, 106, 107]
+    spelt = array("i", tokens).tobytes().decode()
+    assert salted(ROOT, spelt) != keys_of(tokens)[0]
 
 
 def checkpoint(path, *, hidden=64, weights=b"w" * 1000):
