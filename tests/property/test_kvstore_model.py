@@ -4,6 +4,7 @@ Replicas are simulated by what they may do to the tables (`Holds`) and to the st
 are known to the test, also the ones they never heard of.
 """
 
+import struct
 from collections import Counter
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from tokenflow.kvstore.holds import Holds
+from tokenflow.kvstore.index import IndexReader
 from tokenflow.kvstore.node import NodeStore, StoreConfig
 from tokenflow.kvstore.tables import SlotState, Tables
 from tokenflow.replicas.errors import KVStoreError
@@ -65,6 +67,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.pids = 0
         self.content = {}
         """Committed slot -> key, as far as anybody may still hold it; evictions are not told."""
+        for i, name in enumerate(NAMES):
+            self.register(name)
+            self.write(name, n=3, keys=[0, i, i + 1])
 
     def teardown(self):
         if not hasattr(self, "store"):
@@ -207,6 +212,15 @@ class StoreMachine(RuleBasedStateMachine):
             replica.held[block.slot] = 1
             self.content[block.slot] = block.key
 
+    @rule(name=names, n=st.integers(1, 6), keys=picks)
+    def write(self, name, n, keys):
+        """What a replica does most of all."""
+        if not self.living(name):
+            return
+        self.lease(name, n, answered=True)
+        self.acquire(name, n)
+        self.commit(name, keys)
+
     @rule(name=names, keys=picks)
     def match(self, name, keys):
         replica = self.living(name)
@@ -254,13 +268,30 @@ class StoreMachine(RuleBasedStateMachine):
         replica = self.living(name)
         if replica and replica.held:
             held = sorted(replica.held)
-            replica.holds.report_corrupt([held[i % len(held)] for i in chosen])
+            slots = [held[i % len(held)] for i in chosen]
+            replica.holds.report_corrupt(slots)
+            for slot in slots:
+                found = replica.holds.match([self.content[slot]], self.quota, now=self.now())
+                assert slot not in found
+                replica.held.update(found)
 
     # -- the store --------------------------------------------------------------------------------
 
     @rule()
     def poll(self):
+        """Then every good block is indexed, once, and only what somebody holds is there twice."""
         self.store.poll()
+        tables = self.tables
+        committed = np.flatnonzero(tables.state == SlotState.COMMITTED).tolist()
+        pinned = tables.pinned()
+        assert all(pinned[slot] for slot in committed if tables.corrupt[slot])
+        good = [slot for slot in committed if not tables.corrupt[slot]]
+        find = IndexReader(tables).find
+        for key in KEYS:
+            slots = [slot for slot in good if tables.keys[slot].tobytes() == key]
+            found = find(*struct.unpack("<QQ", key))
+            assert found in slots if slots else found == -1
+            assert all(pinned[slot] for slot in slots if slot != found)
 
     @rule()
     def drop_cache(self):
@@ -301,4 +332,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestStore.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
