@@ -106,7 +106,7 @@ class _HostMemory:
         )
 
 
-_MOST_UNSUMMED = 64
+_MOST_UNSUMMED = 256
 """Jobs whose checksums may be put off; their slots cannot be shared until then."""
 
 
