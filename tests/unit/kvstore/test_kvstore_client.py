@@ -260,7 +260,9 @@ def test_a_lost_store_leaves_no_free_slot_and_no_capacity(control, error):
     taken = slots.acquire(15)
     until(lambda: slots.stats().lost)
     assert slots.capacity == slots.available() == 0
+    slots._wake.clear()
     assert slots.acquire(1) is None
+    assert not slots._wake.is_set()
     slots.release(taken)  # still accepted: the requests that hold them come to their end
     assert slots.available() == 0
     with pytest.raises(KVStoreError):
@@ -286,7 +288,12 @@ def test_close_gives_back_what_is_in_use_and_what_arrives_late(control):
     control.gate.set()
     slots.close()
     assert control.free() == 100
-    slots.release(taken)  # a straggler: they went back already
+    assert slots.available() == 0
+    slots.release(taken)  # stragglers: they went back already
+    slots.report_corrupt(taken)
+    slots.commit([block(slot, slot) for slot in taken])
+    assert not control.store.tables.corrupt.any()
+    assert control.free() == 100
 
 
 # -- blocks that are shared -------------------------------------------------------------------

@@ -275,6 +275,14 @@ def test_a_new_store_finds_everything_in_the_tables():
     assert bench.states() == ["L", "L"] + ["F"] * 6
 
 
+def test_a_flag_left_by_a_store_that_was_killed_does_not_spoil_the_next_block():
+    bench = Bench(1)
+    bench.tables.corrupt[0] = 1  # freed, and killed before the flag was cleared
+    bench.restart()
+    bench.cached(10)
+    assert bench.find(10) == 0
+
+
 def test_runs_are_kept_together():
     free = np.array([0, 1, 4, 5, 6, 9, 12, 13, 14, 15, 16])
     assert take_runs(free, 2).tolist() == [0, 1]
