@@ -21,7 +21,7 @@ from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import FinishReason, Request, Sequence, State
-from tokenflow.replicas.scheduler.capacity import reference_rate
+from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
@@ -90,6 +90,7 @@ class Engine:
         self._entries = 0
         self._elastic: dict[str, Sequence] = {}
         self._next_pacing_s = -math.inf
+        self._next_assessment_s = -math.inf
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._events: list[TokenEvent] = []
         self.refresh_stats()
@@ -199,6 +200,7 @@ class Engine:
         batch = self._schedule(plan)
         planned = self._clock()
         self.stats.schedule_seconds += planned - begun
+        self._note_load(plan.load, begun)
         if not batch and not self._transfers.active and self._sequences:
             batch = self._force_progress()
         config = self.config
@@ -227,7 +229,22 @@ class Engine:
         stats.now_total_blocks = self.pool.num_blocks
         stats.now_free_host_slots = self._host.available()
         stats.now_rate = float(tracker.rate.sum())
+        if not len(tracker):
+            stats.now_parked, stats.now_overloaded = 0, False
         return False
+
+    def _note_load(self, load: Load | None, now: float) -> None:
+        """The gauges of the load, as the policy saw it or, now and then, as it would be seen."""
+        if load is None:
+            if now < self._next_assessment_s:
+                return
+            self._next_assessment_s = now + _PACING_INTERVAL_S
+            kv_tokens = self.pool.num_blocks * self._block_size
+            load = assess(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+        stats = self.stats
+        stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
+        stats.now_parked = load.parked
+        stats.now_overloaded = load.overloaded
 
     def _view(self) -> View:
         self.tracker.refresh()

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, Load, capacity, unpromised
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -88,24 +88,15 @@ class _Outlook:
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        self._park(params, view, gamma)
+        parked = unpromised(tracker, params.load_factor * gamma)
+        if parked is not None:
+            self.parked = parked
+            self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
-
-    def _park(self, params: SlackParams, view: View, gamma: float) -> None:
-        """Rule 4. [TokenFlow §4.3]"""
-        tracker = view.tracker
-        rates = np.where(tracker.elastic, 0.0, tracker.rate)
-        limit = params.load_factor * gamma
-        if rates.sum() <= limit:
-            return
-        order = np.lexsort((tracker.order, tracker.arrival_s))
-        self.parked = np.zeros(len(tracker), bool)
-        self.parked[order] = np.cumsum(rates[order]) > limit
-        # The first one is served whatever it asks for.
-        self.parked[order[0]] = False
 
     def _look_ahead(self, p: SlackParams, view: View, running: IntArray, gamma: float) -> None:
         """Rule 3: who runs ahead of its reader, and who is late."""
@@ -180,6 +171,7 @@ class _Pass:
         """Blocks of earlier victims that are still being copied out."""
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
+        self.plan.load = self.outlook.load
 
     def run(self) -> Plan:
         self._make_room_for_growth()
