@@ -50,9 +50,11 @@ class SlackParams:
     margin_s: float = 1.0
     refill: float = 0.25
     """Share of the useful buffer that must be missing before a stream displaces a held one."""
-    late_margin: float = 1.5
-    """A stream is late when this many times its own remaining steps outlast the remaining work."""
+    late_reserve: float = 0.5
+    """A stream is late when its own remaining steps, and this share of them again for the times
+    that it cannot run, outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
+    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -91,7 +93,7 @@ class _Outlook:
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        parked = unpromised(tracker, params.load_factor * gamma)
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gamma)
         if parked is not None:
             self.parked = parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
@@ -123,7 +125,7 @@ class _Outlook:
         ahead |= alone_s >= work_s
         entitled = ahead | self.hungry
         entitled[running] |= self.gains[running]
-        self.late = entitled & (alone_s * p.late_margin >= work_s)
+        self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead
 
