@@ -65,6 +65,15 @@ _GAUGES = {
         "tokenflow_declared_rate",
         "Sum of declared token rates, tokens/s; without a reader, the rate aimed at.",
     ),
+    "now_capacity": (
+        "tokenflow_capacity",
+        "Tokens/s the device can make of the requests it has; 0 while unknown.",
+    ),
+    "now_parked": ("tokenflow_parked_requests", "Requests not promised their rate."),
+    "now_overloaded": (
+        "tokenflow_overloaded",
+        "1 while readers ask for more than can be promised them.",
+    ),
 }
 
 

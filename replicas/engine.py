@@ -20,7 +20,7 @@ from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenL
 from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import FinishReason, Request, Sequence, State
-from tokenflow.replicas.scheduler.capacity import reference_rate
+from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
@@ -95,6 +95,7 @@ class Engine:
         self._text: dict[str, TextStream] = {}
         self._elastic: dict[str, Sequence] = {}
         self._next_pacing_s = -math.inf
+        self._next_assessment_s = -math.inf
         self._events: list[TokenEvent] = []
         self.refresh_stats()
 
@@ -209,6 +210,7 @@ class Engine:
         complete = self._apply(plan)
         batch = self._schedule([*plan.batch, *self._back_at_once(plan)])
         self.stats.schedule_seconds += self._clock() - begun
+        self._note_load(plan.load, begun)
         if not (batch or plan.preempt or kv.transfers.active) and self._sequences:
             batch = self._force_progress() if complete else self._whoever_can()
         config = self.config
@@ -239,7 +241,22 @@ class Engine:
         stats.now_total_blocks = pool.num_blocks
         stats.now_free_host_slots = self.kv.host.available()
         stats.now_rate = float(tracker.rate.sum())
+        if not len(tracker):
+            stats.now_parked, stats.now_overloaded = 0, False
         return False
+
+    def _note_load(self, load: Load | None, now: float) -> None:
+        """The gauges of the load, as the policy saw it or, now and then, as it would be seen."""
+        if load is None:
+            if now < self._next_assessment_s:
+                return
+            self._next_assessment_s = now + _PACING_INTERVAL_S
+            kv_tokens = self.kv.pool.num_blocks * self._block_size
+            load = assess(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+        stats = self.stats
+        stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
+        stats.now_parked = load.parked
+        stats.now_overloaded = load.overloaded
 
     def _view(self) -> View:
         self.tracker.refresh()

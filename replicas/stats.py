@@ -59,6 +59,12 @@ class EngineStats:
     now_rate: float = 0.0
     """Sum of the declared rates of unfinished requests, tokens/s; finite: a request without a
     reader counts with its reference rate."""
+    now_capacity: float = 0.0
+    """Gamma, tokens/s that the device can make of the unfinished requests; 0 while unknown."""
+    now_parked: int = 0
+    """Unfinished requests that are not promised their rate."""
+    now_overloaded: bool = False
+    """Whether readers ask for more than can be promised them."""
 
     @property
     def preemptions(self) -> int:

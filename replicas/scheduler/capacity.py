@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from tokenflow.replicas.scheduler.cost import CostModel
-from tokenflow.replicas.scheduler.tracker import Tracker
+from tokenflow.replicas.scheduler.tracker import BoolArray, Tracker
 
 LOAD_FACTOR = 0.92
 """Share of the capacity that may be promised to readers; the rest covers prefills and switches."""
 _FLOOR = 1.0
 """Least reference rate, tokens/s: under any load, an agent makes progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked of the device, beside what it can give."""
+
+    capacity: float
+    """Gamma, tokens/s; infinite while unknown."""
+    parked: int = 0
+    """Streams that are not promised their rate."""
+    overloaded: bool = False
+    """Whether readers ask for more than can be promised."""
 
 
 def capacity(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int) -> float:
@@ -29,6 +42,28 @@ def capacity(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: in
     context = float((remaining * (tracker.context + remaining / 2)).sum()) / total
     together = max(1.0, min(kv_tokens / context, len(tracker), max_num_seqs))
     return cost.capacity(together, context)
+
+
+def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
+    """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
+    arrival; the first one fits whatever it asks for. None when all fit. [TokenFlow §4.3]"""
+    rates = np.where(tracker.elastic, 0.0, tracker.rate)
+    if rates.sum() <= limit:
+        return None
+    order = np.lexsort((tracker.order, tracker.arrival_s))
+    beyond = np.zeros(len(tracker), bool)
+    beyond[order] = np.cumsum(rates[order]) > limit
+    beyond[order[0]] = False
+    return beyond
+
+
+def assess(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int) -> Load:
+    """The load under a policy that promises nothing itself."""
+    gamma = capacity(tracker, cost, kv_tokens, max_num_seqs)
+    beyond = unpromised(tracker, LOAD_FACTOR * gamma)
+    if beyond is None:
+        return Load(gamma)
+    return Load(gamma, int(np.count_nonzero(beyond)), overloaded=True)
 
 
 def reference_rate(

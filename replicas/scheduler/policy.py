@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tokenflow.replicas.request import Sequence, State
+from tokenflow.replicas.scheduler.capacity import Load
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 
@@ -126,6 +127,8 @@ class Plan:
     """Waiting or dropped sequences to bring onto the device, with blocks for all their tokens."""
     batch: list[tuple[Sequence, int]] = field(default_factory=list)
     """(running sequence, tokens of it in this step)."""
+    load: Load | None = None
+    """What the policy knows of the load, for the metrics; None when it does not look at it."""
 
 
 class Policy(Protocol):

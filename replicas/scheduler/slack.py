@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, Load, capacity, unpromised
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -50,9 +50,11 @@ class SlackParams:
     margin_s: float = 1.0
     refill: float = 0.25
     """Share of the useful buffer that must be missing before a stream displaces a held one."""
-    late_margin: float = 1.5
-    """A stream is late when this many times its own remaining steps outlast the remaining work."""
+    late_reserve: float = 0.5
+    """A stream is late when its own remaining steps, and this share of them again for the times
+    that it cannot run, outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
+    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -88,24 +90,15 @@ class _Outlook:
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        self._park(params, view, gamma)
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gamma)
+        if parked is not None:
+            self.parked = parked
+            self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
-
-    def _park(self, params: SlackParams, view: View, gamma: float) -> None:
-        """Rule 4. [TokenFlow §4.3]"""
-        tracker = view.tracker
-        rates = np.where(tracker.elastic, 0.0, tracker.rate)
-        limit = params.load_factor * gamma
-        if rates.sum() <= limit:
-            return
-        order = np.lexsort((tracker.order, tracker.arrival_s))
-        self.parked = np.zeros(len(tracker), bool)
-        self.parked[order] = np.cumsum(rates[order]) > limit
-        # The first one is served whatever it asks for.
-        self.parked[order[0]] = False
 
     def _look_ahead(self, p: SlackParams, view: View, running: IntArray, gamma: float) -> None:
         """Rule 3: who runs ahead of its reader, and who is late."""
@@ -132,7 +125,7 @@ class _Outlook:
         ahead |= alone_s >= work_s
         entitled = ahead | self.hungry
         entitled[running] |= self.gains[running]
-        self.late = entitled & (alone_s * p.late_margin >= work_s)
+        self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead
 
@@ -180,6 +173,7 @@ class _Pass:
         """Blocks of earlier victims that are still being copied out."""
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
+        self.plan.load = self.outlook.load
 
     def run(self) -> Plan:
         self._make_room_for_growth()

@@ -230,3 +230,22 @@ def test_a_policy_that_never_admits_cannot_kill_a_stream():
     events = run_to_end(engine, host)
     for i in range(3):
         assert tokens_of(events[f"r{i}"]) == expected_output(PROMPTS[1], 8)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slack"])
+@pytest.mark.parametrize(("rate", "overloaded"), [(0.5, False), (1000.0, True)])
+def test_overload_shows_in_the_gauges_while_it_lasts(policy, rate, overloaded):
+    engine, *_ = fake_engine(policy=policy, blocks=64, tick=0.02)
+    assert (engine.stats.now_capacity, engine.stats.now_overloaded) == (0.0, False)
+    for i in range(6):
+        engine.add(make_request(f"r{i}", PROMPTS[0], 60, rate=rate))
+    seen = []
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats
+        seen.append((stats.now_overloaded, stats.now_parked, stats.now_capacity))
+    said, parked, capacity = zip(*seen, strict=True)
+    assert (True in said) == overloaded
+    assert (max(parked) == 5) == overloaded
+    assert max(capacity) > 0
+    assert (engine.stats.now_overloaded, engine.stats.now_parked) == (False, 0)

@@ -40,6 +40,9 @@ NAMES = {
     "now_total_blocks": "tokenflow_kv_total_blocks",
     "now_free_host_slots": "tokenflow_host_free_slots",
     "now_rate": "tokenflow_declared_rate",
+    "now_capacity": "tokenflow_capacity",
+    "now_parked": "tokenflow_parked_requests",
+    "now_overloaded": "tokenflow_overloaded",
 }
 ELSEWHERE = {
     "finished": "tokenflow_finished_requests_total",
