@@ -50,7 +50,7 @@ def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     rates = np.where(tracker.elastic, 0.0, tracker.rate)
     if rates.sum() <= limit:
         return None
-    order = np.lexsort((tracker.order, tracker.arrival_s))
+    order = tracker.by_arrival()
     beyond = np.zeros(len(tracker), bool)
     beyond[order] = np.cumsum(rates[order]) > limit
     beyond[order[0]] = False

@@ -57,16 +57,11 @@ class View:
 
     def waiting(self) -> IntArray:
         """Rows without KV anywhere, in order of arrival."""
-        rows = self.tracker.rows(State.WAITING)
-        if len(rows) < 2:
-            return rows
-        tracker = self.tracker
-        return rows[np.lexsort((tracker.order[rows], tracker.arrival_s[rows]))]
+        return self.tracker.waiting()
 
     def running(self) -> IntArray:
         """Rows on the device, in the order they came onto it."""
-        rows = self.tracker.rows(State.RUNNING)
-        return rows[np.argsort(self.tracker.entered[rows])]
+        return self.tracker.running()
 
     def on_device(self) -> int:
         """Sequences that hold a place on the device."""

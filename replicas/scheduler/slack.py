@@ -118,7 +118,7 @@ class _Outlook:
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
-            longest = np.argsort(-tracker.limit, kind="stable")
+            longest = tracker.longest_first()
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         alone_s = self.remaining * step_s
         work_s = float(self.remaining.sum()) / gamma
@@ -139,20 +139,31 @@ class _Victim(NamedTuple):
     """Blocks free at once."""
     slots: int
     """Host slots it still needs."""
-    slack_s: float
-    gains: bool
 
 
-def _victims(view: View, rows: IntArray, outlook: _Outlook) -> list[_Victim]:
-    columns = (
-        rows,
-        view.tracker.blocks[rows],
-        view.released_now(rows),
-        view.slots_to_offload(rows),
-        outlook.slack[rows],
-        outlook.gains[rows],
-    )
-    return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
+class _Victims:
+    """Streams that can leave, the first in line first; each is looked at closely when it goes."""
+
+    def __init__(self, view: View, rows: IntArray, outlook: _Outlook) -> None:
+        self.view = view
+        self.rows: list[int] = rows.tolist()
+        self.blocks: list[int] = view.tracker.blocks[rows].tolist()
+        self.slack_s: list[float] = outlook.slack[rows].tolist()
+        self.gains: list[bool] = outlook.gains[rows].tolist()
+
+    def take(self, chosen: list[int]) -> list[_Victim]:
+        """Those at these places, ascending, who are in line no more."""
+        rows = np.array([self.rows[i] for i in chosen], np.int64)
+        columns = (
+            rows,
+            self.view.tracker.blocks[rows],
+            self.view.released_now(rows),
+            self.view.slots_to_offload(rows),
+        )
+        for i in reversed(chosen):
+            for column in (self.rows, self.blocks, self.slack_s, self.gains):
+                del column[i]
+        return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
 
 
 class _Pass:
@@ -226,7 +237,8 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                self._preempt(_victims(self.view, running[i : i + 1], self.outlook)[0])
+                leaving = _Victims(self.view, running[i : i + 1], self.outlook)
+                self._preempt(leaving.take([0])[0])
             # Until the blocks of the victims have been copied, the fullest sit out.
             left = max(self.free - need, 0)
             self.coming_free -= max(need - self.free, 0)
@@ -252,7 +264,7 @@ class _Pass:
         self.on_device -= 1
         self.plan.preempt.append((self.tracker.sequences[victim.row], how))
 
-    def _expendable(self) -> list[_Victim]:
+    def _expendable(self) -> _Victims:
         """Streams that can leave unnoticed, the most slack first."""
         rows, tracker, cost = self.running, self.tracker, self.view.cost
         slack = self.outlook.slack[rows]
@@ -264,37 +276,35 @@ class _Pass:
         unsynced = blocks - self.view.released_now(rows)
         leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
         rows = rows[leaves]
-        return _victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
+        return _Victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
 
-    def _evict_for(
-        self, row: int, blocks: int, only_held: bool, victims: list[_Victim]
-    ) -> list[int]:
+    def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
         missing = blocks - self.free - self.coming_free
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
-        chosen: list[_Victim] = []
-        for victim in victims:
+        chosen: list[int] = []
+        for i, gains in enumerate(victims.gains):
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if victim.gains and (only_held or victim.slack_s < floor):
+            if gains and (only_held or victims.slack_s[i] < floor):
                 continue
-            chosen.append(victim)
-            missing -= victim.blocks
-        if missing > 0 or (needs_place and not chosen):
+            chosen.append(i)
+            missing -= victims.blocks[i]
+        if not chosen or missing > 0:
             return []
-        for victim in chosen:
-            victims.remove(victim)
+        leaving = victims.take(chosen)
+        for victim in leaving:
             self._preempt(victim)
-        return [victim.row for victim in chosen]
+        return [victim.row for victim in leaving]
 
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
         view, tracker = self.view, self.tracker
-        victims: list[_Victim] | None = None
+        victims: _Victims | None = None
         gone: set[int] = set()
         admitted: list[int] = []
         for row, need, only_held in self._candidates():
