@@ -11,6 +11,7 @@ import os
 import random
 import sys
 
+from tests.support.chaos import Chaos
 from tests.support.engines import make_request, tokens_of
 from tests.support.fake_executor import FakeExecutor, FakeTokenizer, expected_output
 from tokenflow.kvstore.client import HostSlots
@@ -18,9 +19,6 @@ from tokenflow.kvstore.control import LocalStoreControl
 from tokenflow.kvstore.node import NodeStore
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
-from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.policy import Plan, Preempt, View
-from tokenflow.replicas.scheduler.registry import make_policy
 
 LIFETIMES = int(os.environ.get("TOKENFLOW_CHURN_LIFETIMES", "10000"))
 BLOCKS = 100
@@ -41,28 +39,6 @@ class Clock:
         return self.now
 
 
-class Chaos:
-    """The default policy, but now and then somebody must leave for no reason."""
-
-    name = "chaos"
-    write_through = True
-
-    def __init__(self, rng: random.Random) -> None:
-        self._inner = make_policy("slack")
-        self._rng = rng
-
-    def plan(self, view: View, now: float) -> Plan:
-        plan = self._inner.plan(view, now)
-        gone = {seq for seq, _ in plan.preempt}
-        leaving = [seq for seq, _ in plan.batch if seq.state is State.RUNNING and seq not in gone]
-        if leaving and self._rng.random() < 0.5:
-            victim = self._rng.choice(leaving)
-            how = Preempt.OFFLOAD if self._rng.random() < 0.8 else Preempt.RECOMPUTE
-            plan.preempt.append((victim, how))
-            plan.batch = [(seq, n) for seq, n in plan.batch if seq is not victim]
-        return plan
-
-
 class Replica:
     """An engine that is always given a little more than it can hold."""
 
@@ -75,7 +51,7 @@ class Replica:
             self.executor.host = memory.host
         self.engine = Engine(
             self.executor,
-            Chaos(random.Random(name)),
+            Chaos(name),
             self.host,
             EngineConfig(
                 block_size=BLOCK,
