@@ -88,6 +88,34 @@ class _Snapshot:
         self._streams = streams
         self._failovers = failovers
 
+    def _stores(self) -> Iterator[Metric]:
+        """The nodes' KV stores, and the replicas' ways to them."""
+        slots = GaugeMetricFamily(
+            "tokenflow_store_slots",
+            "Slots of the node's KV store: free, leased to a replica, pinned by one, cached.",
+            labels=["node", "state"],
+        )
+        calls = CounterMetricFamily(
+            "tokenflow_store_calls", "Control calls to the node's KV store.", labels=["replica"]
+        )
+        lost = GaugeMetricFamily(
+            "tokenflow_store_lost",
+            "1 when the replica has lost its node's KV store and recomputes instead.",
+            labels=["replica"],
+        )
+        nodes: dict[str, dict[str, int]] = {}
+        for stats in self._replicas:
+            if (store := stats.get("store")) is not None:
+                nodes[stats["node_id"]] = store["slots"]
+                calls.add_metric([stats["replica_id"]], store["calls"])
+                lost.add_metric([stats["replica_id"]], store["lost"])
+        for node, counts in nodes.items():
+            for state, count in counts.items():
+                slots.add_metric([node, state], count)
+        yield slots
+        yield calls
+        yield lost
+
     def collect(self) -> Iterator[Metric]:
         for key, (name, text) in _COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=["replica"])
@@ -125,6 +153,7 @@ class _Snapshot:
             for stats in self._replicas:
                 gauge.add_metric([stats["replica_id"]], stats[key])
             yield gauge
+        yield from self._stores()
         streams = GaugeMetricFamily(
             "tokenflow_ingress_streams", "Streams this ingress serves.", labels=["ingress"]
         )

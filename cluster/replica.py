@@ -211,7 +211,21 @@ class Replica:
         """The engine's counters. Raises WrongReplicaError."""
         if target != self._replica_id:
             raise WrongReplicaError(f"{target} is gone; this is {self._replica_id}")
-        return {"replica_id": self._replica_id, "pid": os.getpid(), **self._engine.stats.to_dict()}
+        store = None
+        if self._segment is not None:
+            host = self._host.stats()
+            store = {
+                "slots": self._segment.tables().counts(),
+                "calls": host.calls,
+                "lost": host.lost,
+            }
+        return {
+            "replica_id": self._replica_id,
+            "node_id": self._node_id,
+            "pid": os.getpid(),
+            "store": store,
+            **self._engine.stats.to_dict(),
+        }
 
     # -- Serve's hooks --------------------------------------------------------------------------
 

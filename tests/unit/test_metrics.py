@@ -133,6 +133,30 @@ def test_every_field_of_the_stats_is_exported():
     assert set(NAMES.values()) | set(ELSEWHERE.values()) <= set(scrape())
 
 
+def test_a_store_is_counted_once_per_node():
+    def replica(name, node, calls, free, lost=False):
+        slots = {"free": free, "leased": 2, "pinned": 3, "cached": 4}
+        store = {"slots": slots, "calls": calls, "lost": lost}
+        return EngineStats().to_dict() | {"replica_id": name, "node_id": node, "store": store}
+
+    without = EngineStats().to_dict() | {"replica_id": "d", "node_id": "n3", "store": None}
+    found = scrape(
+        replicas=[
+            replica("a", "n1", 7, 10),
+            replica("b", "n1", 8, 10),
+            replica("c", "n2", 9, 20, lost=True),
+            without,
+        ]
+    )
+    slots = found["tokenflow_store_slots"]
+    assert len(slots) == 8
+    assert slots[("node", "n1"), ("state", "free")] == 10
+    assert slots[("node", "n2"), ("state", "cached")] == 4
+    calls, lost = found["tokenflow_store_calls_total"], found["tokenflow_store_lost"]
+    assert calls == {(("replica", "a"),): 7, (("replica", "b"),): 8, (("replica", "c"),): 9}
+    assert lost == {(("replica", "a"),): 0, (("replica", "b"),): 0, (("replica", "c"),): 1}
+
+
 def test_the_ingress_counts_its_own():
     found = scrape()
     assert found["tokenflow_ingress_streams"] == {(("ingress", "front"),): 3.0}

@@ -49,3 +49,13 @@ def test_pinned_counts_the_rows_of_living_owners_only():
     tables.pins[1, 2] = 1
     tables.pins[2, 3] = 65535
     assert tables.pinned().tolist() == [False, True, False, True]
+
+
+def test_counts_are_by_what_a_slot_is():
+    tables = Tables.in_memory(20, 2)
+    tables.owner_active[1] = 1
+    tables.state[:3] = SlotState.LEASED
+    tables.state[3:8] = SlotState.COMMITTED
+    tables.state[8] = SlotState.EVICTING
+    tables.pins[1, 2:5] = 1
+    assert tables.counts() == {"free": 11, "leased": 3, "pinned": 2, "cached": 3}
