@@ -30,6 +30,8 @@ logger = logging.getLogger("tokenflow.engine")
 
 _FIRST_CHUNK_BLOCKS = 4
 """Blocks copied beside a step while the link's speed is unknown."""
+_BUFFER_APART_S = 2.0
+"""One copy gives way to another only if the readers' buffers are so far apart."""
 _CHUNK_BLOCKS = 32
 """Most blocks of one offload or load job: blocks become free, and usable, chunk by chunk."""
 
@@ -504,9 +506,10 @@ class KVCache:
                 # Another holder of the same blocks sends them; this one finds them there later.
                 continue
             end = min(end, len(seq.host_slots) + self.host.available())
-            if not self._reserve(seq, end):
+            if end <= seq.sent_blocks:
+                self._give_up_copies(seq)
                 break
-            if end > seq.sent_blocks:
+            if self._reserve(seq, end):
                 sent = self._outgoing(seq, seq.sent_blocks, end)
                 going.update(copy.key for copy in sent)
                 copies += sent
@@ -517,6 +520,18 @@ class KVCache:
             size = len(copies) * self._block_bytes
             self._stats.offloaded_bytes += size
             self._stats.written_through_bytes += size
+
+    def _give_up_copies(self, fuller: Sequence) -> None:
+        """The host is full: of those on the device, who is least likely to leave lets go of its
+        copies, which are then the store's to evict, for the sake of a likelier victim."""
+        tracker = self._tracker
+        rows = tracker.rows(State.RUNNING)
+        rows = rows[tracker.synced[rows] > 0]
+        if not len(rows):
+            return
+        emptiest = rows[np.argmin(tracker.due_s[rows])]
+        if tracker.due_s[emptiest] + _BUFFER_APART_S < tracker.due_s[fuller.row]:
+            self._release_host(tracker.sequences[emptiest])
 
     def _behind(self) -> list[Sequence]:
         """Running sequences with filled blocks that are not on the host, fullest buffer first."""

@@ -252,6 +252,24 @@ def test_a_full_host_keeps_what_it_has_and_drops_the_rest():
     assert finish(engine, host, "a") == expected_output(PROMPT, 30)
 
 
+def test_on_a_full_host_the_fullest_buffers_have_the_copies():
+    engine, _, host, _ = by_hand(blocks=120, host_slots=12)
+    hungry = start(engine, "hungry", PROMPT, 100, tokens=20, rate=1000)
+    assert len(hungry.host_slots) == 12
+    full = start(engine, "full", PROMPT[::-1], 100, tokens=20, rate=0.5)
+    settle(engine)
+    assert hungry.synced_blocks == 0
+    assert full.synced_blocks >= 10
+    # Among equals nobody gives way, or copies would chase each other round the host.
+    before = engine.stats.offloaded_bytes
+    other = start(engine, "other", PROMPT[5:] + PROMPT[:5], 100, tokens=20, rate=0.5)
+    for _ in range(20):
+        engine.step()
+    assert other.synced_blocks == 0
+    assert engine.stats.offloaded_bytes - before <= 3 * engine.executor.layout.block_bytes
+    check_conservation(engine, host)
+
+
 def test_a_finished_request_leaves_its_text_on_the_host():
     engine, _, host, _ = fake_engine()
     serve(engine, host, make_request("a", PROMPT, 10))
