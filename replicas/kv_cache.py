@@ -148,12 +148,14 @@ class KVCache:
         """Of all blocks that may come from a cache: at least one token has to be run."""
         if not self._config.prefix_cache:
             return []
-        return self._keys(seq, (len(seq.tokens) - 1) // self.block_size)
+        blocks = (len(seq.tokens) - 1) // self.block_size
+        return self._keys(seq, blocks)[:blocks]
 
     def _keys(self, seq: Sequence, blocks: int) -> list[bytes]:
+        """Its keys: at least those of its first `blocks` blocks."""
         if len(seq.keys) < blocks:
             extend_keys(seq.keys, seq.root, seq.tokens, self.block_size, blocks)
-        return seq.keys[:blocks]
+        return seq.keys
 
     def _key(self, seq: Sequence, index: int, full: int) -> bytes | None:
         """Key of a block if it is one of the first `full` ones and may be shared."""
@@ -216,7 +218,8 @@ class KVCache:
             return False
         cached: list[int] = []
         if self._config.prefix_cache:
-            cached = self.pool.match(self._keys(seq, seq.num_computed // self.block_size))
+            full = seq.num_computed // self.block_size
+            cached = self.pool.match(self._keys(seq, full)[:full])
         need = self._blocks_to_hold(seq) - len(cached)
         ready = min(need, self.free_blocks)
         if need - ready > (self.releasing_blocks if overlap else 0):
@@ -346,7 +349,7 @@ class KVCache:
 
     def publish(self, seq: Sequence, first: int, upto: int) -> None:
         """Blocks `[first, upto)` of a sequence on the device are full: others may use them."""
-        if not self._config.prefix_cache:
+        if first >= upto or not self._config.prefix_cache:
             return
         keys = self._keys(seq, upto)
         for i in range(first, upto):
@@ -378,7 +381,8 @@ class KVCache:
         if not self._config.prefix_cache:
             return []
         first = -(-seq.num_computed // self.block_size)
-        return self._keys(seq, (seq.num_computed + tokens) // self.block_size)[first:]
+        upto = (seq.num_computed + tokens) // self.block_size
+        return self._keys(seq, upto)[first:upto]
 
     # -- off the device -------------------------------------------------------------------------
 
@@ -545,7 +549,7 @@ class KVCache:
         sent = seq.sent_blocks
         if not self._config.prefix_cache or sent >= full or len(seq.host_slots) > sent:
             return
-        slots = self.host.match(self._keys(seq, full)[sent:])
+        slots = self.host.match(self._keys(seq, full)[sent:full])
         if slots:
             seq.host_slots.extend(slots)
             seq.sent_blocks += len(slots)
