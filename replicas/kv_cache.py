@@ -85,6 +85,8 @@ class KVCache:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._entries = 0
         self._loads: dict[Sequence, _Load] = {}
+        self._promised = 0
+        """Blocks that loading sequences still lack."""
         self._hoping: dict[bytes, dict[Sequence, None]] = {}
         """Sequences without KV, by the first key they did not find on the device."""
 
@@ -93,22 +95,17 @@ class KVCache:
     @property
     def free_blocks(self) -> int:
         """Device blocks that nobody has a claim to."""
-        return max(0, self.pool.free_blocks - self._claimed())
+        return max(0, self.pool.free_blocks - self._promised)
 
     @property
     def releasing_blocks(self) -> int:
         """Blocks of earlier victims that nobody else has a claim to, free when their copies end."""
-        return max(
-            0,
-            self.transfers.releasing_blocks - max(0, self._claimed() - self.pool.free_blocks),
-        )
+        short = max(0, self._promised - self.pool.free_blocks)
+        return max(0, self.transfers.releasing_blocks - short)
 
     @property
     def free_rows(self) -> list[int]:
         return self._free_rows
-
-    def _claimed(self) -> int:
-        return sum(load.missing for load in self._loads.values())
 
     def prompt_keys(self, tokens: tuple[int, ...], salt: str | None) -> list[bytes]:
         """The keys of a prompt's blocks; any thread may compute them ahead."""
@@ -268,6 +265,7 @@ class KVCache:
         seq.move(State.LOADING)
         load = _Load(first, upto, tokens, missing, next=first, valid=upto)
         self._loads[seq] = load
+        self._promised += missing
         self._advance(seq, load)
         return True
 
@@ -293,10 +291,11 @@ class KVCache:
             assert blocks is not None
             seq.add_blocks(blocks)
             load.missing -= len(blocks)
+            self._promised -= len(blocks)
             self._tracker.touch(seq)
             if load.missing > self.transfers.releasing_blocks:
                 # The copies that were to free the rest have failed, or others took it.
-                del self._loads[seq]
+                self._end_load(seq)
                 self.leave(seq)
                 seq.move(State.PREEMPTED)
                 continue
@@ -306,7 +305,7 @@ class KVCache:
     def _finish_load(self, seq: Sequence, load: _Load) -> None:
         if load.jobs or load.missing or load.next < load.upto:
             return
-        del self._loads[seq]
+        self._end_load(seq)
         intact = load.valid >= load.upto
         seq.num_computed = load.tokens if intact else load.valid * self.block_size
         # What did not arrive intact has to be computed after all.
@@ -316,6 +315,11 @@ class KVCache:
         self._forget_copies(seq, full, keep_slots=intact)
         self.publish(seq, load.first, full)
         self._enter(seq)
+
+    def _end_load(self, seq: Sequence) -> None:
+        load = self._loads.pop(seq, None)
+        if load is not None:
+            self._promised -= load.missing
 
     def _forget_copies(self, seq: Sequence, blocks: int, *, keep_slots: bool = False) -> None:
         """Only the first `blocks` blocks are on the host."""
@@ -479,7 +483,7 @@ class KVCache:
         """Free everything a request holds; copies under way keep what they touch until they end."""
         if seq.state is State.WAITING:
             self._unhope(seq)
-        self._loads.pop(seq, None)
+        self._end_load(seq)
         self.leave(seq)
         self._release_host(seq)
 

@@ -112,6 +112,7 @@ def check_conservation(engine: Engine, host: FakeHost) -> None:
     rows = [s.slot for s in sequences if s.slot >= 0]
     assert len(rows) == len(set(rows))
     assert sorted(rows + kv.free_rows) == list(range(engine.config.max_num_seqs))
+    assert kv._promised == sum(load.missing for load in kv._loads.values())
     hoping = {seq for waiting in kv._hoping.values() for seq in waiting}
     assert all(seq.state is State.WAITING for seq in hoping)
 
