@@ -178,6 +178,8 @@ class _Pass:
         self.waiting = view.waiting()
         self.preempted = view.tracker.rows(State.PREEMPTED)
         self.context = view.tracker.context
+        self.pending = self.context - view.tracker.computed
+        """Tokens without KV: 1 for a decoding stream."""
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
@@ -198,7 +200,7 @@ class _Pass:
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
         tracker, cost = self.tracker, self.view.cost
-        decoding = self.context[rows] - tracker.computed[rows] == 1
+        decoding = self.pending[rows] == 1
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
@@ -214,8 +216,7 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        prefilling = self.context[rows] - tracker.computed[rows] > 1
-        runs = self.outlook.gains[rows] | prefilling | tracker.elastic[rows]
+        runs = self.outlook.gains[rows] | (self.pending[rows] > 1) | tracker.elastic[rows]
         return rows[runs] if runs.any() else rows
 
     # -- who leaves -----------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class _Pass:
         slack = self.outlook.slack[rows]
         leaves = slack > self.p.victim_slack_s
         leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
-        leaves &= self.context[rows] - tracker.computed[rows] == 1
+        leaves &= self.pending[rows] == 1
         leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]
         unsynced = blocks - self.view.released_now(rows)
@@ -355,10 +356,11 @@ class _Pass:
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
         yield from self._in_turn(rows[urgent])
-        begun = self.tracker.generated[waiting] > 0
-        for group in (waiting[begun], waiting[~begun]):
-            needs = view.blocks_needed(group).tolist()
-            yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
+        if len(waiting):
+            begun = self.tracker.generated[waiting] > 0
+            for group in (waiting[begun], waiting[~begun]):
+                needs = view.blocks_needed(group).tolist()
+                yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
         yield from self._in_turn(rows[late & ~urgent])
         hungry = outlook.hungry[rows] & ~urgent & ~late
         yield from self._in_turn(rows[hungry & ~parked], only_held=True)
@@ -371,6 +373,8 @@ class _Pass:
         self, rows: IntArray, *, only_held: bool = False
     ) -> Iterator[tuple[int, int, bool]]:
         """Least slack first; among those who have nothing, whoever came first."""
+        if not len(rows):
+            return
         if len(rows) > 1:
             rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
         for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):
