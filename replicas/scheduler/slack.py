@@ -80,8 +80,9 @@ class _Outlook:
     def __init__(self, params: SlackParams, view: View, running: IntArray, now: float) -> None:
         tracker = view.tracker
         self.slack: FloatArray = tracker.due_s - now
-        self.remaining: IntArray = tracker.limit - tracker.generated
-        useful = FULL_WEIGHT_SHARE * tracker.limit
+        self.length = length = view.lengths.expected(tracker.limit, tracker.generated)
+        self.remaining: IntArray | FloatArray = length - tracker.generated
+        useful = FULL_WEIGHT_SHARE * length
         room = useful - np.maximum(self.slack, 0.0) * tracker.rate
         self.hungry: BoolArray = room >= params.refill * useful
         """Lacks enough of its useful buffer to be worth a switch."""
@@ -89,7 +90,7 @@ class _Outlook:
         """Its next token counts in full."""
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
-        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
@@ -118,7 +119,10 @@ class _Outlook:
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
-            longest = tracker.longest_first()
+            if self.length is tracker.limit:
+                longest = tracker.longest_first()
+            else:
+                longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         alone_s = self.remaining * step_s
         work_s = float(self.remaining.sum()) / gamma
