@@ -22,9 +22,10 @@ from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import FinishReason, Request, Sequence, State
 from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
-from tokenflow.replicas.scheduler.tracker import Tracker
+from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 from tokenflow.replicas.stats import EngineStats
 from tokenflow.replicas.text import TextStream
 from tokenflow.replicas.transfers import HostSlots
@@ -74,6 +75,7 @@ class Engine:
         self.config = config
         self.max_model_len = min(max_model_len, executor.num_blocks * executor.layout.block_size)
         self.cost = CostModel()
+        self.lengths = OutputLengths()
         self.stats = EngineStats()
         self.tracker = Tracker()
         self._tokenizer = tokenizer
@@ -245,6 +247,9 @@ class Engine:
             stats.now_parked, stats.now_overloaded = 0, False
         return False
 
+    def _expected_lengths(self) -> IntArray | FloatArray:
+        return self.lengths.expected(self.tracker.limit, self.tracker.generated)
+
     def _note_load(self, load: Load | None, now: float) -> None:
         """The gauges of the load, as the policy saw it or, now and then, as it would be seen."""
         if load is None:
@@ -252,7 +257,13 @@ class Engine:
                 return
             self._next_assessment_s = now + _PACING_INTERVAL_S
             kv_tokens = self.kv.pool.num_blocks * self._block_size
-            load = assess(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+            load = assess(
+                self.tracker,
+                self.cost,
+                kv_tokens,
+                self.config.max_num_seqs,
+                self._expected_lengths(),
+            )
         stats = self.stats
         stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
         stats.now_parked = load.parked
@@ -274,6 +285,7 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,
             max_batch_tokens=self.config.max_batch_tokens,
             cost=self.cost,
+            lengths=self.lengths,
             overlap=self.config.overlap_transfers,
         )
 
@@ -291,7 +303,9 @@ class Engine:
         self._next_pacing_s = now + _PACING_INTERVAL_S
         self.tracker.refresh()
         kv_tokens = self.kv.pool.num_blocks * self._block_size
-        rate = reference_rate(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+        rate = reference_rate(
+            self.tracker, self.cost, kv_tokens, self.config.max_num_seqs, self._expected_lengths()
+        )
         if rate is None:
             return
         for seq in self._elastic.values():
@@ -470,6 +484,7 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
+        self.lengths.observe(len(seq.output_ids), ended=reason is FinishReason.STOP)
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)

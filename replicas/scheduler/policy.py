@@ -15,6 +15,7 @@ import numpy as np
 from tokenflow.replicas.request import Sequence, State
 from tokenflow.replicas.scheduler.capacity import Load
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 
 
@@ -47,6 +48,7 @@ class View:
     max_batch_tokens: int
     """Token budget of one step."""
     cost: CostModel
+    lengths: OutputLengths = field(default_factory=OutputLengths)
     overlap: bool = True
     """Whether the copied blocks of a victim are free while the others are still being copied."""
 

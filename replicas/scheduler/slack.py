@@ -80,8 +80,9 @@ class _Outlook:
     def __init__(self, params: SlackParams, view: View, running: IntArray, now: float) -> None:
         tracker = view.tracker
         self.slack: FloatArray = tracker.due_s - now
-        self.remaining: IntArray = tracker.limit - tracker.generated
-        useful = FULL_WEIGHT_SHARE * tracker.limit
+        self.length = length = view.lengths.expected(tracker.limit, tracker.generated)
+        self.remaining: IntArray | FloatArray = length - tracker.generated
+        useful = FULL_WEIGHT_SHARE * length
         room = useful - np.maximum(self.slack, 0.0) * tracker.rate
         self.hungry: BoolArray = room >= params.refill * useful
         """Lacks enough of its useful buffer to be worth a switch."""
@@ -89,7 +90,7 @@ class _Outlook:
         """Its next token counts in full."""
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
-        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
@@ -118,7 +119,10 @@ class _Outlook:
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
-            longest = tracker.longest_first()
+            if self.length is tracker.limit:
+                longest = tracker.longest_first()
+            else:
+                longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         alone_s = self.remaining * step_s
         work_s = float(self.remaining.sum()) / gamma
@@ -178,6 +182,8 @@ class _Pass:
         self.waiting = view.waiting()
         self.preempted = view.tracker.rows(State.PREEMPTED)
         self.context = view.tracker.context
+        self.pending = self.context - view.tracker.computed
+        """Tokens without KV: 1 for a decoding stream."""
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
@@ -198,7 +204,7 @@ class _Pass:
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
         tracker, cost = self.tracker, self.view.cost
-        decoding = self.context[rows] - tracker.computed[rows] == 1
+        decoding = self.pending[rows] == 1
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
@@ -214,8 +220,7 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        prefilling = self.context[rows] - tracker.computed[rows] > 1
-        runs = self.outlook.gains[rows] | prefilling | tracker.elastic[rows]
+        runs = self.outlook.gains[rows] | (self.pending[rows] > 1) | tracker.elastic[rows]
         return rows[runs] if runs.any() else rows
 
     # -- who leaves -----------------------------------------------------------------------------
@@ -270,7 +275,7 @@ class _Pass:
         slack = self.outlook.slack[rows]
         leaves = slack > self.p.victim_slack_s
         leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
-        leaves &= self.context[rows] - tracker.computed[rows] == 1
+        leaves &= self.pending[rows] == 1
         leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]
         unsynced = blocks - self.view.released_now(rows)
@@ -355,10 +360,11 @@ class _Pass:
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
         yield from self._in_turn(rows[urgent])
-        begun = self.tracker.generated[waiting] > 0
-        for group in (waiting[begun], waiting[~begun]):
-            needs = view.blocks_needed(group).tolist()
-            yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
+        if len(waiting):
+            begun = self.tracker.generated[waiting] > 0
+            for group in (waiting[begun], waiting[~begun]):
+                needs = view.blocks_needed(group).tolist()
+                yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
         yield from self._in_turn(rows[late & ~urgent])
         hungry = outlook.hungry[rows] & ~urgent & ~late
         yield from self._in_turn(rows[hungry & ~parked], only_held=True)
@@ -371,6 +377,8 @@ class _Pass:
         self, rows: IntArray, *, only_held: bool = False
     ) -> Iterator[tuple[int, int, bool]]:
         """Least slack first; among those who have nothing, whoever came first."""
+        if not len(rows):
+            return
         if len(rows) > 1:
             rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
         for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):

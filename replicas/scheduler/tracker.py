@@ -60,6 +60,7 @@ class Tracker:
         self._rows: dict[State, IntArray] = {}
         self._running: IntArray | None = None
         self._waiting: IntArray | None = None
+        self._views: dict[str, NDArray[np.generic]] = {}
         self._by_arrival: IntArray | None = None
         self._longest_first: IntArray | None = None
 
@@ -101,6 +102,7 @@ class Tracker:
 
     def _forget_rows(self) -> None:
         self._context = self._alone = self._by_arrival = self._longest_first = None
+        self._views.clear()
         self._forget_places()
 
     def _forget_places(self) -> None:
@@ -139,11 +141,15 @@ class Tracker:
     # -- the policies' side ---------------------------------------------------------------------
 
     def _ints(self, name: str) -> IntArray:
-        column: IntArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view(name)  # type: ignore[return-value]
 
     def _floats(self, name: str) -> FloatArray:
-        column: FloatArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
+        return self._view(name)  # type: ignore[return-value]
+
+    def _view(self, name: str) -> NDArray[np.generic]:
+        column = self._views.get(name)
+        if column is None:
+            column = self._views[name] = self._columns[name][: len(self.sequences)]
         return column
 
     @property
@@ -168,8 +174,7 @@ class Tracker:
     @property
     def elastic(self) -> BoolArray:
         """Whether the consumer is no reader; its rate is then a reference that the engine moves."""
-        column: BoolArray = self._columns["elastic"][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view("elastic")  # type: ignore[return-value]
 
     @property
     def limit(self) -> IntArray:
@@ -235,8 +240,7 @@ class Tracker:
     @property
     def state(self) -> NDArray[np.int8]:
         """Codes of CODES."""
-        column: NDArray[np.int8] = self._columns["state"][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view("state")  # type: ignore[return-value]
 
     @staticmethod
     def code(state: State) -> int:

@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -71,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="20",
         metavar="R[@SHARE],...",
         help="reading speeds in tokens/s with their shares, as 15@0.4,20@0.6; max = no reader (20)",
+    )
+    add(
+        "--limit-factor",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="requests may have X times the tokens that they end with (1)",
     )
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
     add("--seed-base", type=int, default=1, metavar="N", help="the first of them (1)")
@@ -133,6 +140,8 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}.")
     if args.seed_base < 0:
         raise ConfigError(f"--seed-base must be at least 0, got {args.seed_base}.")
+    if not 1 <= args.limit_factor <= 1000:
+        raise ConfigError(f"--limit-factor must be between 1 and 1000, got {args.limit_factor}.")
     if args.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {args.jobs}.")
     if args.duration is not None and not 1 <= args.duration <= 86_400:
@@ -245,6 +254,16 @@ def _jobs(
             f"{name}: a request of {longest} tokens does not fit into the "
             f"{machines[0].kv_tokens} KV tokens of {args.machine}."
         )
+    arrivals = [
+        replace(
+            a,
+            max_tokens=min(
+                round(args.limit_factor * a.output_tokens),
+                machines[0].kv_tokens - a.prompt_tokens,
+            ),
+        )
+        for a in arrivals
+    ]
     limits = {machine: bounds(machine, arrivals) for machine in machines}
     first = seed == args.seed_base
     return [
@@ -385,7 +404,17 @@ def write_json(path: str, args: argparse.Namespace, runs: Seq[Run]) -> None:
     """All runs with what made them. Raises ConfigError when the file cannot be written."""
     arguments = {
         key: getattr(args, key)
-        for key in ("setting", "trace", "policy", "rates", "param", "engine", "duration", *_TRACE)
+        for key in (
+            "setting",
+            "trace",
+            "policy",
+            "rates",
+            "limit_factor",
+            "param",
+            "engine",
+            "duration",
+            *_TRACE,
+        )
     }
     if args.trace is not None:
         arguments["trace"] = Path(args.trace).name

@@ -14,8 +14,8 @@ from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequen
 from tokenflow.replicas.simulator.hardware import StepCost
 from tokenflow.replicas.transfers import Commit
 
-TOKEN = 1
-"""Every simulated token."""
+TOKEN, END = 1, 0
+"""Every simulated token, and the last one of an output that ends before its limit."""
 
 
 class VirtualClock:
@@ -52,7 +52,8 @@ class _Channel:
 
 
 class SimExecutor:
-    """See the module; implements `Executor`. `link_gb_s` is each direction's rate."""
+    """See the module; implements `Executor`. `link_gb_s` is each direction's rate, `lengths` the
+    tokens of the output of each request, which its seed is the index of."""
 
     vocab_size = 32
 
@@ -64,12 +65,14 @@ class SimExecutor:
         num_blocks: int,
         *,
         link_gb_s: float,
+        lengths: Seq[int] = (),
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.busy_s = 0.0
         self._clock = clock
         self._cost = cost
+        self._lengths = lengths
         self._to_host = _Channel(link_gb_s * 1e9)
         self._to_device = _Channel(link_gb_s * 1e9)
         self._jobs = 0
@@ -80,7 +83,15 @@ class SimExecutor:
         seconds = self._cost.step_s(decodes, prefills)
         self._clock.advance(seconds)
         self.busy_s += seconds
-        return StepResult([TOKEN if s.sample else -1 for s in batch], [None] * len(batch))
+        return StepResult([self._draw(s) for s in batch], [None] * len(batch))
+
+    def _draw(self, scheduled: ScheduledSequence) -> int:
+        if not scheduled.sample:
+            return -1
+        had, params = len(scheduled.output_ids) + 1, scheduled.params
+        # At its limit, an output is cut off.
+        ends = had < params.max_tokens and self._lengths and had == self._lengths[params.seed]
+        return END if ends else TOKEN
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._start(self._to_host, pairs)
