@@ -433,8 +433,7 @@ class KVCache:
             load_queue=self.transfers.queued(to_host=False),
             others=self._tracker.count(State.RUNNING),
         )
-        filled = min(filled, len(seq.host_slots) + self.host.available())
-        if not wanted or filled <= sent or not self._reserve(seq, filled):
+        if not wanted or not self._reserve(seq, filled):
             return sent * self.block_size
         overlap = self._config.overlap_transfers
         kept = [] if overlap else seq.block_ids[:sent].tolist()
@@ -442,8 +441,8 @@ class KVCache:
             end = min(first + _CHUNK_BLOCKS, filled)
             copies = self._outgoing(seq, first, end)
             self.transfers.start(Kind.OFFLOAD, copies, kept if end == filled else [])
-        self._stats.offloaded_bytes += (filled - sent) * self._block_bytes
-        return min(seq.num_computed, filled * self.block_size)
+        self._stats.offloaded_bytes += unsent * self._block_bytes
+        return seq.num_computed
 
     def _outgoing(self, seq: Sequence, first: int, end: int) -> list[Copy]:
         full = seq.num_computed // self.block_size

@@ -259,11 +259,15 @@ class _Pass:
             self.free -= need
 
     def _preempt(self, victim: _Victim) -> None:
-        how = Preempt.OFFLOAD if victim.slots <= self.host_free else Preempt.RECOMPUTE
+        how = Preempt.RECOMPUTE
         released = victim.blocks
-        if how is Preempt.OFFLOAD:
+        if victim.slots <= self.host_free:
+            how = Preempt.OFFLOAD
             self.host_free -= victim.slots
             released = victim.released
+        elif self.tracker.synced[victim.row]:
+            # Without room for the rest it still keeps what the host has.
+            how = Preempt.OFFLOAD
         self.free += released
         self.coming_free += victim.blocks - released
         self.on_device -= 1
@@ -319,16 +323,19 @@ class _Pass:
                 blocks += view.blocks_for(growing * self.p.growth_steps)
                 if not tracker.generated[row]:
                     blocks += self._start_headroom(row, admitted)
+            seq = tracker.sequences[row]
+            # Loads begin in the blocks that are free while others are still being copied out.
+            loads = seq.state is State.PREEMPTED and view.overlap
             if not self._fits(blocks):
                 if victims is None:
                     victims = self._expendable()
                 gone.update(self._evict_for(row, blocks, only_held, victims))
-            if not self._fits(blocks):
+            if not self._fits(blocks, self.coming_free if loads else 0):
                 # Whoever is first in line keeps its place until the blocks are there.
                 break
-            self.free -= need
+            self.coming_free -= max(need - self.free, 0)
+            self.free = max(self.free - need, 0)
             self.on_device += 1
-            seq = tracker.sequences[row]
             if seq.state is State.PREEMPTED:
                 self.plan.resume.append(seq)
             else:
@@ -348,8 +355,8 @@ class _Pass:
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 
-    def _fits(self, blocks: int) -> bool:
-        return self.on_device < self.view.max_num_seqs and self.free >= blocks
+    def _fits(self, blocks: int, coming: int = 0) -> bool:
+        return self.on_device < self.view.max_num_seqs and self.free + coming >= blocks
 
     def _candidates(self) -> Iterator[tuple[int, int, bool]]:
         """Who should come onto the device, most urgent first: (row, blocks it takes, whether it may
