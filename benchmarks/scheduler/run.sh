@@ -1,5 +1,5 @@
 #!/bin/sh
-# All scheduler results, in about an hour on 2 cores: sh benchmarks/scheduler/run.sh [FOLDER]
+# All scheduler results, in well over an hour on 2 idle cores: sh benchmarks/scheduler/run.sh [FOLDER]
 # `tokenflow` and `python` are those of .venv/bin. The trace is a public one, named in
 # benchmarks/results/README.md.
 set -eu
@@ -30,7 +30,7 @@ for part in offload write_through overlap_transfers; do
     run "ablation-$part" --setting rtx4090-b --seeds 5 --policy tokenflow,slack \
         --engine $part=false
 done
-run limits-4 --setting rtx4090-a,rtx4090-c,h200-c --seeds 2 --policy fcfs,tokenflow,slack \
+run limits-4 --setting rtx4090-a,rtx4090-c --seeds 2 --policy fcfs,tokenflow,slack \
     --limit-factor 4
 for scale in 1 0.2 0.05; do
     run "burstgpt-$scale" --trace "$trace" --memory-fraction 0.55 --time-scale $scale
