@@ -26,8 +26,9 @@ from tokenflow.replicas.transfers import Copy, HostSlots, Job, Kind, Transfers
 
 logger = logging.getLogger("tokenflow.engine")
 
-_CHUNK_BLOCKS = 32
-"""Most blocks of one offload or load job: blocks become free, and usable, chunk by chunk."""
+CHUNK_BYTES = 32 << 20
+"""Size of one offload or load job: blocks become free, and usable, chunk by chunk. Smaller ones
+would cost bandwidth."""
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class KVCache:
         self.block_size = executor.layout.block_size
         self.max_blocks = max_blocks
         self._block_bytes = executor.layout.block_bytes
+        self._chunk_blocks = max(1, CHUNK_BYTES // self._block_bytes)
         self._config = config
         self._root = model_root(model, executor.layout)
         self._tracker = tracker
@@ -267,7 +269,7 @@ class KVCache:
         """Start copies into all the blocks that are there."""
         upto = min(load.upto, seq.num_blocks)
         while load.next < upto:
-            end = min(upto, load.next + _CHUNK_BLOCKS)
+            end = min(upto, load.next + self._chunk_blocks)
             copies = [
                 Copy(seq, i, int(seq.block_ids[i]), seq.host_slots[i], None)
                 for i in range(load.next, end)
@@ -431,8 +433,8 @@ class KVCache:
             return sent * self.block_size
         overlap = self._config.overlap_transfers
         kept = [] if overlap else seq.block_ids[:sent].tolist()
-        for first in range(sent, filled, _CHUNK_BLOCKS):
-            end = min(first + _CHUNK_BLOCKS, filled)
+        for first in range(sent, filled, self._chunk_blocks):
+            end = min(first + self._chunk_blocks, filled)
             copies = self.outgoing(seq, first, end)
             self.transfers.start(Kind.OFFLOAD, copies, kept if end == filled else [])
         self._stats.offloaded_bytes += unsent * self._block_bytes

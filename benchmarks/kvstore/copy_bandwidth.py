@@ -19,10 +19,10 @@ import torch
 from node import Node, machine, write
 
 from tokenflow.replicas.executor.block_copies import CopyThread
+from tokenflow.replicas.kv_cache import CHUNK_BYTES
 
 SIZES = {"embedded model, 96 KiB": 96 << 10, "Llama3-8B bf16, 2 MiB": 2 << 20}
 TOTAL = 512 << 20
-JOB_BLOCKS = 32
 REPEATS = 15
 
 
@@ -33,7 +33,7 @@ def memcpy_s(device: torch.Tensor, host: torch.Tensor) -> float:
 
 
 def jobs_s(
-    copies: CopyThread, pairs: list[tuple[int, int]], sums: dict[int, int], way: str
+    copies: CopyThread, pairs: list[tuple[int, int]], size: int, sums: dict[int, int], way: str
 ) -> tuple[float, float]:
     """Seconds from the start of the first job until all blocks are copied, until all is reported.
 
@@ -41,8 +41,9 @@ def jobs_s(
     """
     begun = time.perf_counter()
     waiting: dict[int, list[tuple[int, int]]] = {}
-    for i in range(0, len(pairs), JOB_BLOCKS):
-        chunk = pairs[i : i + JOB_BLOCKS]
+    job_blocks = CHUNK_BYTES // size
+    for i in range(0, len(pairs), job_blocks):
+        chunk = pairs[i : i + job_blocks]
         if way == "to host":
             job = copies.to_host(chunk)
         else:
@@ -79,7 +80,7 @@ def measure(size: int) -> dict[str, float]:
             for name, pairs in (("scattered", scattered), ("neighbours", neighbours)):
                 sums: dict[int, int] = {}
                 for way in ("to host", "to device", "to device, checked"):
-                    copied, reported = jobs_s(copies, pairs, sums, way)
+                    copied, reported = jobs_s(copies, pairs, size, sums, way)
                     got[f"{name} {way}"] = copied
                     if way == "to host":
                         got[f"{name} {way}, with checksums"] = reported

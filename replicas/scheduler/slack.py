@@ -279,7 +279,8 @@ class _Pass:
         rows, tracker, cost = self.running, self.tracker, self.view.cost
         slack = self.outlook.slack[rows]
         leaves = slack > self.p.victim_slack_s
-        leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
+        # At least one token a stay: who leaves before it may never get any further.
+        leaves &= tracker.resident[rows] >= max(self.p.min_residency_tokens, 1)
         leaves &= self.pending[rows] == 1
         leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]

@@ -20,6 +20,8 @@ from tests.support.engines import (
 )
 from tests.support.fake_executor import expected_output
 from tests.support.plans import Checked, check_tracker
+from tokenflow.replicas import kv_cache
+from tokenflow.replicas.executor.base import KVLayout
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 
@@ -82,6 +84,14 @@ class Scenario:
 
     def max_tokens(self, i: int) -> int:
         return min(self.specs[i].max_tokens, self.blocks * BLOCK - len(self.prompt(i)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks():
+    """So that copies of these short sequences, too, go in several jobs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "CHUNK_BYTES", 3 * KVLayout(1, BLOCK, 1, 1, "float32").block_bytes)
+        yield
 
 
 steps = st.integers(0, 80)
