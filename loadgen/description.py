@@ -153,8 +153,8 @@ class Description(_Section):
             raise ValueError(
                 "content: ids needs endpoint: completions, gRPC or an engine, and a single turn"
             )
-        http = isinstance(self.target, OpenAIServer)
-        if self.content == "ids" and http and self.target.tokenizer is None:
+        blind = isinstance(self.target, OpenAIServer) and self.target.tokenizer is None
+        if self.content == "ids" and blind:
             raise ValueError("content: ids needs a tokenizer, for the size of the vocabulary")
         if isinstance(self.target, Simulated) and (
             several or self.behaviours or self.closed_loop is not None

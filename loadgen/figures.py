@@ -105,7 +105,7 @@ METRICS = {
     "chunk_gap_p99_s": Metric("chunk gap P99", "s", "low", "99th percentile of the same."),
     "chunk_gap_max_s": Metric("chunk gap max", "s", "low", "Longest of the same."),
     "e2e_mean_s": Metric(
-        "end to end mean", "s", "low", "Intended send to the last token; the unfinished until the run's end."
+        "end to end mean", "s", "low", "Intended send to last token; the unfinished until the end."
     ),
     "e2e_p50_s": Metric("end to end P50", "s", "low", "Median of the same."),
     "e2e_p99_s": Metric("end to end P99", "s", "low", "99th percentile of the same."),

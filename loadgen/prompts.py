@@ -22,7 +22,7 @@ _REQUESTS = (
     "What happened with {}?",
 )
 # Common and short: one token each in the vocabularies of large models.
-_WORDS = (
+_COMMON = (
     "the of and to in is that it was for on are as with his they at be this from have or by one "
     "had not but what all were when we there can an your which their said if do will each about "
     "how up out them then she many some so these would other into has more her two like him see "
@@ -31,7 +31,8 @@ _WORDS = (
     "before go good new write our used me man too any day same right look think also around "
     "another came come work three must because does part even place well such here take why help "
     "put different away again off went old number great tell men say small every found still "
-).split()  # noqa: SIM905
+)
+_WORDS = tuple(_COMMON.split())
 _FIX_UPS = 32
 
 

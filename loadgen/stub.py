@@ -77,6 +77,7 @@ class StubServer:
         self._slots = asyncio.Semaphore(slots) if slots else contextlib.nullcontext()
         self._app = web.Application(client_max_size=1 << 26)
         self._app.router.add_get("/v1/models", self._models)
+        self._app.router.add_get("/v1/served", self._tell)
         self._app.router.add_post("/v1/chat/completions", self._answer)
         self._app.router.add_post("/v1/completions", self._answer)
 
@@ -94,6 +95,15 @@ class StubServer:
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _tell(self, _: web.Request) -> web.Response:
+        """What was sent when, for a self-test in another process."""
+        return web.json_response(
+            [
+                {"seed": s.body.get("seed"), "received_s": s.received_s, "sent": s.sent}
+                for s in self.served
+            ]
+        )
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         served = Served(
