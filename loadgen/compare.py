@@ -16,7 +16,7 @@ from tokenflow.loadgen.figures import METRICS
 from tokenflow.loadgen.intervals import Interval, bootstrap, difference
 from tokenflow.loadgen.metrics import percentile
 from tokenflow.loadgen.report import Report, RequestRow
-from tokenflow.loadgen.tables import number
+from tokenflow.loadgen.tables import number, unit
 from tokenflow.replicas.errors import ConfigError
 
 COMPARED = (
@@ -208,30 +208,40 @@ def table(before: Report, after: Report, changes: Seq[Change]) -> RenderableType
         padding=(0, 1),
     )
     for heading in ("", before.name, after.name, "change", "95 % interval", "verdict"):
-        shown.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
+        shown.add_column(
+            heading, justify="left" if heading in ("", "verdict") else "right", no_wrap=True
+        )
     styles = {"better": "green", "worse": "bold red", "changed": "yellow"}
     by_name = {change.name: change for change in changes}
     for name in COMPARED:
         change = by_name.get(name)
         if change is None:
             continue
-        low, high = change.interval.low, change.interval.high
-        span = "" if low is None or high is None else f"{_signed(low)} to {_signed(high)}"
-        unit = f", {METRICS[name].unit}" if METRICS[name].unit else ""
         shown.add_row(
-            f"{METRICS[name].title}{unit}",
+            titled(name),
             number(name, change.before),
             number(name, change.after),
             percent(change),
-            span,
+            bounds(change),
             Text(change.verdict, styles.get(change.verdict, "dim")),
         )
     notes: list[RenderableType] = [Text(note, style="yellow") for note in _notes(before, after)]
     return Group(shown, *notes)
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3g}"
+def titled(name: str) -> str:
+    """A figure's title with its unit."""
+    return f"{METRICS[name].title}, {unit(name)}" if unit(name) else METRICS[name].title
+
+
+def bounds(change: Change) -> str:
+    """The interval of a change, relative to the first value where that is possible."""
+    low, high = change.interval.low, change.interval.high
+    if low is None or high is None:
+        return ""
+    if change.before:
+        return f"{low / abs(change.before):+.1%} to {high / abs(change.before):+.1%}"
+    return f"{low:+.3g} to {high:+.3g}"
 
 
 def _notes(before: Report, after: Report) -> list[str]:

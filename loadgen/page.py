@@ -6,10 +6,10 @@ from collections.abc import Sequence as Seq
 from html import escape
 
 from tokenflow.loadgen import pictures
-from tokenflow.loadgen.compare import COMPARED, Change, compare, percent
+from tokenflow.loadgen.compare import COMPARED, Change, bounds, compare, percent, titled
 from tokenflow.loadgen.figures import METRICS
 from tokenflow.loadgen.report import Curve, Report
-from tokenflow.loadgen.tables import SECTIONS, estimate, number
+from tokenflow.loadgen.tables import PART_COLUMNS, SECTIONS, estimate, number, unit
 
 _CARDS = (
     "ttft_p99_s", "ttft_slo_share", "stall_mean_s", "effective_tok_s",
@@ -118,8 +118,7 @@ def _cards(report: Report) -> str:
         if found is None:
             continue
         bad = ' class="card bad"' if name == "failed" and found.value else ' class="card"'
-        unit = METRICS[name].unit
-        small = f" <small>{unit}</small>" if unit else ""
+        small = f" <small>{unit(name)}</small>" if unit(name) else ""
         cards.append(
             f'<div{bad} title="{escape(METRICS[name].meaning)}">'
             f"<b>{estimate(name, found)}{small}</b><span>{METRICS[name].title}</span></div>"
@@ -220,13 +219,10 @@ def _comparison(before: Report, after: Report) -> str:
 
 def _row(change: Change) -> str:
     metric = METRICS[change.name]
-    low, high = change.interval.low, change.interval.high
-    span = "" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"
-    unit = f", {metric.unit}" if metric.unit else ""
     return (
-        f'<tr title="{escape(metric.meaning)}"><td>{metric.title}{unit}</td>'
+        f'<tr title="{escape(metric.meaning)}"><td>{titled(change.name)}</td>'
         f"<td>{number(change.name, change.before)}</td><td>{number(change.name, change.after)}</td>"
-        f"<td>{percent(change)}</td><td>{span}</td>"
+        f"<td>{percent(change)}</td><td>{bounds(change)}</td>"
         f'<td class="{change.verdict}">{change.verdict}</td></tr>'
     )
 
@@ -241,7 +237,7 @@ def _figures(report: Report) -> str:
                 rows.append(
                     f'<tr title="{escape(metric.meaning)}"><td>{metric.title}</td>'
                     f"<td>{estimate(name, report.summary[name])}</td>"
-                    f'<td class="dim">{metric.unit}</td></tr>'
+                    f'<td class="dim">{unit(name)}</td></tr>'
                 )
     parts = "".join(
         _parts(title, found)
@@ -261,12 +257,10 @@ def _figures(report: Report) -> str:
 
 
 def _parts(title: str, parts: dict[str, dict[str, float | None]]) -> str:
-    names = ("requests", "ttft_mean_s", "ttft_p99_s", "raw_tok_s", "effective_ratio",
-             "stall_mean_s", "smooth_share")  # fmt: skip
-    head = "".join(f"<th>{METRICS[n].title}</th>" for n in names)
+    head = "".join(f"<th>{title}</th>" for title in PART_COLUMNS.values())
     rows = "".join(
         f"<tr><td>{escape(part)}</td>"
-        + "".join(f"<td>{number(n, found.get(n))}</td>" for n in names)
+        + "".join(f"<td>{number(n, found.get(n))}</td>" for n in PART_COLUMNS)
         + "</tr>"
         for part, found in parts.items()
     )

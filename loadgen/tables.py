@@ -28,26 +28,18 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """The figures that are shown, in their order; the JSON has all."""
-_PART_COLUMNS = (
-    "requests", "ttft_mean_s", "ttft_p99_s", "raw_tok_s", "effective_ratio",
-    "generated_effective_ratio", "stall_mean_s", "smooth_share",
-)  # fmt: skip
+PART_COLUMNS = {
+    "requests": "count", "ttft_mean_s": "TTFT\nmean, s", "ttft_p99_s": "TTFT\nP99, s",
+    "raw_tok_s": "raw\ntok/s", "effective_ratio": "eff.\nclient",
+    "generated_effective_ratio": "eff.\nserver", "stall_mean_s": "dry, s\neach",
+    "smooth_share": "never\ndry",
+}  # fmt: skip
+"""What is shown of the parts of a run."""
 
 
 def number(name: str, value: float | None) -> str:
     """A figure as it is shown, without its unit."""
-    if value is None:
-        return "n/a"
-    if METRICS[name].unit == "" and name.endswith(("share", "ratio")):
-        return f"{value * 100:.1f} %"
-    if METRICS[name].unit == "":
-        return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
-    size = abs(value)
-    if size >= 100:
-        return f"{value:.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.1 else f"{value:.4f}"
+    return "n/a" if value is None else _form(name, value).format(_scaled(name, value))
 
 
 def estimate(name: str, value: Estimate) -> str:
@@ -55,7 +47,42 @@ def estimate(name: str, value: Estimate) -> str:
     shown = number(name, value.value)
     if value.low is None or value.high is None or value.high == value.low:
         return shown
-    return f"{shown} ± {number(name, (value.high - value.low) / 2)}"
+    form = _form(name, value.value)
+    return f"{shown} ± {form.format(_scaled(name, (value.high - value.low) / 2))}"
+
+
+def unit(name: str) -> str:
+    """The unit a figure is shown in."""
+    own = METRICS[name].unit
+    return f"m{own}" if _is_small(name) else own
+
+
+def _is_share(name: str) -> bool:
+    return METRICS[name].unit == "" and name.endswith(("share", "ratio"))
+
+
+def _is_small(name: str) -> bool:
+    return name.startswith(("tpot", "lag"))
+
+
+def _scaled(name: str, value: float) -> float:
+    if _is_small(name):
+        return value * 1000
+    return value * 100 if _is_share(name) else value
+
+
+def _form(name: str, value: float) -> str:
+    """The format of a figure of that size; its interval has the same decimals."""
+    if _is_share(name):
+        return "{:.1f} %"
+    size = abs(_scaled(name, value))
+    if METRICS[name].unit == "" and float(value).is_integer():
+        return "{:,.0f}"
+    if size >= 100:
+        return "{:,.0f}"
+    if size >= 10:
+        return "{:.1f}"
+    return "{:.2f}" if size >= 1 and METRICS[name].unit else "{:.3f}"
 
 
 def summary_table(report: Report) -> Table:
@@ -75,7 +102,7 @@ def summary_table(report: Report) -> Table:
                 continue
             style = "bold red" if name == "failed" and found.value else ""
             table.add_row(
-                f"  {METRICS[name].title}", Text(estimate(name, found), style), METRICS[name].unit
+                f"  {METRICS[name].title}", Text(estimate(name, found), style), unit(name)
             )
         table.add_section()
     return table
@@ -84,12 +111,11 @@ def summary_table(report: Report) -> Table:
 def parts_table(title: str, parts: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Figures of parts of a run, a row each."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("")
-    for name in _PART_COLUMNS:
-        unit = f"\n{METRICS[name].unit}" if METRICS[name].unit else ""
-        table.add_column(f"{METRICS[name].title}{unit}", justify="right")
+    table.add_column("", no_wrap=True)
+    for heading in PART_COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for part, found in parts.items():
-        table.add_row(part, *(number(name, found.get(name)) for name in _PART_COLUMNS))
+        table.add_row(part, *(number(name, found.get(name)) for name in PART_COLUMNS))
     return table
 
 
