@@ -207,10 +207,10 @@ def table(before: Report, after: Report, changes: Seq[Change]) -> RenderableType
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
     )
-    for heading in ("", before.name, after.name, "change", "95 % interval", "verdict"):
-        shown.add_column(
-            heading, justify="left" if heading in ("", "verdict") else "right", no_wrap=True
-        )
+    shown.add_column("")
+    for heading in (before.name, after.name, "change", "95 % interval"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("verdict", no_wrap=True)
     styles = {"better": "green", "worse": "bold red", "changed": "yellow"}
     by_name = {change.name: change for change in changes}
     for name in COMPARED:

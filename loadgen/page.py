@@ -29,11 +29,15 @@ font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:20px 14px 60px}
 h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.12rem;margin:2em 0 .5em}
 p{margin:.4em 0}.dim{color:var(--dim);font-size:.9rem}code{font-size:.85em;word-break:break-all}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:10px;margin:16px 0}
+.cards{display:grid;grid-template-columns:repeat(4,1fr);gap:10px;margin:16px 0}
+@media(max-width:720px){.cards{grid-template-columns:repeat(2,1fr)}}
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px}
 .card{padding:10px 12px}.card b{display:block;font-size:1.45rem;font-weight:650;line-height:1.2}
+.card small{font-size:.62em;font-weight:400;color:var(--dim);white-space:nowrap}
 .card span{color:var(--dim);font-size:.82rem}.card.bad b{color:var(--dry)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:12px}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:12px;
+margin:0 0 12px}.charts.two{grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr))}
+.picker .charts{max-width:560px}
 figure{margin:0;padding:10px 10px 6px}figcaption{font-weight:600;font-size:.95rem}
 figcaption small{display:block;font-weight:400;color:var(--dim);font-size:.82rem}
 svg{width:100%;height:auto;display:block}
@@ -118,10 +122,11 @@ def _cards(report: Report) -> str:
         if found is None:
             continue
         bad = ' class="card bad"' if name == "failed" and found.value else ' class="card"'
-        small = f" <small>{unit(name)}</small>" if unit(name) else ""
+        value, _, half = estimate(name, found).partition(" ± ")
+        small = f" <small>{unit(name)}{f' ± {half}' if half else ''}</small>"
         cards.append(
             f'<div{bad} title="{escape(METRICS[name].meaning)}">'
-            f"<b>{estimate(name, found)}{small}</b><span>{METRICS[name].title}</span></div>"
+            f"<b>{value}{small}</b><span>{METRICS[name].title}</span></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -159,7 +164,7 @@ def _overview(reports: Seq[Report]) -> str:
                 pictures.stall_distribution(reports)),
         _figure("Tokens received", "Per second, first repeat.", pictures.speed(firsts)),
     ]  # fmt: skip
-    return f'<h2>At a glance</h2><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>At a glance</h2><div class="charts two">{"".join(charts)}</div>'
 
 
 def _readers(i: int, report: Report, *, several: bool) -> str:
@@ -170,14 +175,15 @@ def _readers(i: int, report: Report, *, several: bool) -> str:
     )  # fmt: skip
     own = f": {report.name}" if several else ""
     charts = [
-        _figure("Every reader a row", "Grey waits, green reads, red sits dry.",
+        _figure("Every reader a row", "Grey waits, green reads, red sits dry; until the end of the run.",
                 pictures.readers_rows(repeat)),
         _figure("In the system", "Grey waits for a first token, green streams; red line: dry.",
                 pictures.queue(repeat)),
     ]  # fmt: skip
+    picks = {}
     if order:
         picks = {"Worst": order[0], "Median": order[len(order) // 2], "Best": order[-1]}
-        charts += [_timeline(f"{name} served reader", c, goal) for name, c in picks.items()]
+    timelines = [_timeline(f"{name} served reader", c, goal) for name, c in picks.items()]
     picker = ""
     if len(order) > 3:
         figures = "".join(_timeline("Reader", curve, goal) for curve in order)
@@ -195,7 +201,8 @@ def _readers(i: int, report: Report, *, several: bool) -> str:
     note = " (first repeat)" if len(report.repeats) > 1 else ""
     return (
         f"<h2>Readers{escape(own)}{note}</h2>{key}"
-        f'<div class="charts">{"".join(charts)}</div>{picker}'
+        f'<div class="charts two">{"".join(charts)}</div>'
+        f'<div class="charts">{"".join(timelines)}</div>{picker}'
     )
 
 

@@ -72,12 +72,9 @@ def tokens_timeline(curve: Curve, ttft_s: float) -> str:
 
 
 def readers_rows(repeat: Repeat) -> str:
-    """Every reader a row: waiting, being served, sitting dry."""
+    """Every reader a row: waiting, reading, sitting dry; up to the end of the run."""
     curves = sorted(repeat.curves, key=lambda c: c.intended_s)[:_ROW_CURVES]
-    ends = [line[-1][0] for c in curves if (line := read_line(c))]
-    ends += [c.points[-1][0] for c in curves if c.points]
-    failed_end = repeat.figures["duration_s"] or 1.0
-    end = max([*ends, failed_end])
+    end = repeat.figures["duration_s"] or 1.0
     chart = Chart(
         (0, end),
         (0, len(curves)),
@@ -88,7 +85,7 @@ def readers_rows(repeat: Repeat) -> str:
     )
     for i, curve in enumerate(curves):
         low, high = len(curves) - i - 0.85, len(curves) - i - 0.1
-        first = curve.points[0][0] if curve.points else failed_end
+        first = curve.points[0][0] if curve.points else end
         chart.box(curve.intended_s, first, low, high, "waits", hint="waits for the first token")
         if not curve.points:
             continue

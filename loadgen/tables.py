@@ -111,7 +111,7 @@ def summary_table(report: Report) -> Table:
 def parts_table(title: str, parts: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Figures of parts of a run, a row each."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for heading in PART_COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for part, found in parts.items():

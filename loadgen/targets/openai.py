@@ -25,11 +25,13 @@ from tokenflow.loadgen.targets.base import Behaver, Clock, Opened, TargetError, 
 from tokenflow.loadgen.targets.counting import TokenCounter
 from tokenflow.loadgen.workload import Ask
 
-_SHOWN_CHARS = 300
+_SHOWN_CHARS = 250
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TOKENS = 2
 _PROBE_TIMEOUT_S = 120.0
 _EVENT_BUFFER_BYTES = 1 << 18
+_KEEP_IDLE_S = 4.0
+"""Servers close idle connections, uvicorn after 5 s; one that is closed must not be used again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ class OpenAITarget:
         """Find model and features with one short request. Raises TargetError."""
         key = os.environ.get(self._server.api_key_env)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600),
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=3600, keepalive_timeout=_KEEP_IDLE_S
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             read_bufsize=_EVENT_BUFFER_BYTES,
