@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ async def watch(
         return run.begun_s if run.begun_s is not None else clock()
 
     if not console.is_terminal:
-        next_line = 0.0
+        next_line = -math.inf
         while not running.done():
             watcher.look(run.records)
             elapsed = clock() - begun()
@@ -186,12 +187,9 @@ async def watch(
             await asyncio.wait({running}, timeout=REFRESH_S)
         return
     with Live(console=console, auto_refresh=False) as live:
-        while True:
+        done = False
+        while not done:
             done = running.done()
-            # In the end they are in the workload's order, no longer in that of sending.
-            if not done:
-                watcher.look(run.records)
+            watcher.look(run.records)
             live.update(watcher.view(clock(), begun()), refresh=True)
-            if done:
-                return
             await asyncio.wait({running}, timeout=REFRESH_S)

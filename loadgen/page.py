@@ -175,7 +175,7 @@ def _readers(i: int, report: Report, *, several: bool) -> str:
     )  # fmt: skip
     own = f": {report.name}" if several else ""
     charts = [
-        _figure("Every reader a row", "Grey waits, green reads, red sits dry; until the end of the run.",
+        _figure("Every reader a row", "Grey waits, green reads, red is dry, while the run lasted.",
                 pictures.readers_rows(repeat)),
         _figure("In the system", "Grey waits for a first token, green streams; red line: dry.",
                 pictures.queue(repeat)),

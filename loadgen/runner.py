@@ -78,8 +78,11 @@ class Run:
             raise
         finally:
             gc.unfreeze()
-            self.records.sort(key=lambda record: record.index)
-        return self.records
+        return self.in_order()
+
+    def in_order(self) -> list[StreamRecord]:
+        """The records in the workload's order."""
+        return sorted(self.records, key=lambda record: record.index)
 
     async def _open_loop(self, group: asyncio.TaskGroup) -> None:
         assert self.begun_s is not None

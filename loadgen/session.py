@@ -126,7 +126,9 @@ class Session:
         finally:
             if run.records:
                 self._keep(
-                    make_repeat(run.records, workload, seed, self.description.objectives, begun_at)
+                    make_repeat(
+                        run.in_order(), workload, seed, self.description.objectives, begun_at
+                    )
                 )
 
     def _keep(self, repeat: Repeat) -> None:
