@@ -14,7 +14,6 @@ from rich.text import Text
 
 from tokenflow.loadgen.figures import METRICS
 from tokenflow.loadgen.intervals import Interval, bootstrap, difference
-from tokenflow.loadgen.metrics import percentile
 from tokenflow.loadgen.report import Report, RequestRow
 from tokenflow.loadgen.tables import number, unit
 from tokenflow.replicas.errors import ConfigError
@@ -161,11 +160,7 @@ def _over_requests(before: Report, after: Report, name: str) -> Interval:
          if (value := pick(row)) is not None]
         for report in (before, after)
     )  # fmt: skip
-
-    def figure(values: Seq[float]) -> float:
-        return sum(values) / len(values) if rank is None else percentile(values, rank)
-
-    return bootstrap(old, new, figure)
+    return bootstrap(old, new, rank)
 
 
 def failures(conditions: Seq[Condition], report: Report, changes: Seq[Change] = ()) -> list[str]:

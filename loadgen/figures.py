@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokenflow.loadgen.metrics import LEFT, StreamRecord, percentile, span, summarize, waits
 from tokenflow.loadgen.qoe import andes_qoe, fluidity_index, on_time_share
 
-LENGTH_BUCKETS = ((1, 31, "under 32"), (32, 256, "32 to 256"), (257, 1 << 40, "over 256"))
+LENGTH_BUCKETS = ((1, 31, "under 32"), (32, 256, "32-256"), (257, 1 << 40, "over 256"))
 """Output lengths, tokens. In short outputs the buffer's limits of 10 and 20 % are a token or two,
 so that their effective throughput says little; they are kept apart."""
 FLUID = 0.9

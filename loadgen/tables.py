@@ -110,7 +110,14 @@ def summary_table(report: Report) -> Table:
 
 def parts_table(title: str, parts: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Figures of parts of a run, a row each."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("")
     for heading in PART_COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -165,7 +165,7 @@ def test_parts_are_of_the_same_run():
     runs = [record(paced(count=10)), record(paced()), record(paced(count=400, period=0.02)),
             record(paced(count=31), rate=math.inf), failed()]  # fmt: skip
     lengths = by_length(runs, GOALS)
-    assert list(lengths) == ["under 32", "32 to 256", "over 256"]
+    assert list(lengths) == ["under 32", "32-256", "over 256"]
     assert [part["requests"] for part in lengths.values()] == [2, 1, 1]
     whole = figures(runs, GOALS)
     assert {part["duration_s"] for part in lengths.values()} == {whole["duration_s"]}

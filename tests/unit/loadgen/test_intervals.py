@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from statistics import fmean
 
+import numpy as np
 import pytest
 
 from tokenflow.loadgen.intervals import Interval, bootstrap, difference, mean, t95
@@ -65,10 +66,15 @@ def test_the_bootstrap_covers_the_difference():
     rng = random.Random(1)
     before = [rng.gauss(10, 2) for _ in range(200)]
     after = [rng.gauss(11, 2) for _ in range(200)]
-    found = bootstrap(before, after, fmean)
+    found = bootstrap(before, after)
     assert found.value == pytest.approx(fmean(after) - fmean(before))
     half = 1.96 * (4 / 200 + 4 / 200) ** 0.5
     assert found.low == pytest.approx(found.value - half, abs=0.06)
     assert found.high == pytest.approx(found.value + half, abs=0.06)
-    assert bootstrap(before, after, fmean) == found
-    assert bootstrap([1.0], [2.0], fmean).low is None
+    assert bootstrap(before, after) == found
+    assert bootstrap([1.0], [2.0]).low is None
+    median = bootstrap(before, after, 50)
+    assert median.value == pytest.approx(np.median(after) - np.median(before))
+    assert median.low < median.value < median.high
+    with pytest.raises(ValueError):
+        bootstrap([], [1.0])
