@@ -244,7 +244,8 @@ def _run(args: argparse.Namespace, console: Console | None = None) -> int:
     if folder is not None:
         folder.finish(report, page([report]))
         folder.check()
-        console.print(f"Saved in {folder.path}; open {folder.path / 'report.html'}", markup=False)
+        path = folder.path / "report.html"
+        console.print(f"Saved in {folder.path}; open {path}", markup=False, soft_wrap=True)
     if interrupted:
         return EXIT_INTERRUPTED
     failed = any(row.error is not None for repeat in report.repeats for row in repeat.requests)

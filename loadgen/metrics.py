@@ -117,8 +117,8 @@ class StreamRecord:
 
 
 def _follow(playback: Playback, changes: list[tuple[float, float]], until_s: float) -> None:
-    """Apply the changes of speed up to a time; `changes` is latest first and is used up."""
-    while changes and changes[-1][0] <= until_s:
+    """Apply the changes of speed before a time; `changes` is latest first and is used up."""
+    while changes and changes[-1][0] < until_s:
         at, rate = changes.pop()
         playback.set_rate(rate, at)
 
