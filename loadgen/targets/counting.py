@@ -25,6 +25,8 @@ class TokenCounter:
         self._pieces: list[tuple[float, str]] = []
         """(time, text) of messages with text but no count of their own."""
         self._total: int | None = None
+        self.estimates = False
+        """Whether how many tokens came with each message is an estimate."""
         self._counted = 0
 
     def event(self, at: float, text: str, usage: Mapping[str, Any] | None) -> None:
@@ -52,6 +54,7 @@ class TokenCounter:
         if self._tokenizer is not None:
             counts = _by_tokenizer(texts, self._tokenizer)
         elif self._total is not None:
+            self.estimates = True
             counts = spread(self._total - self._counted, texts)
         else:
             if self._record.ok and self._record.finish_reason != LEFT:

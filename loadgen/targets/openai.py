@@ -78,6 +78,8 @@ class OpenAITarget:
         self._features = _Features(exact=server.exact_output)
         self._model = server.model or ""
         self._session: aiohttp.ClientSession | None = None
+        self._estimates = False
+        """Whether the server counted the last answer's tokens at its end only."""
         chat = server.endpoint == "chat"
         self._url = f"{server.url}/chat/completions" if chat else f"{server.url}/completions"
 
@@ -168,6 +170,7 @@ class OpenAITarget:
         finally:
             record.finished_s = self._clock()
             counter.finish()
+            self._estimates = counter.estimates
         if record.error is None and record.finish_reason is None:
             record.error = "the stream ended without a finish reason"
 
@@ -193,7 +196,7 @@ class OpenAITarget:
                 text = ""
                 for choice in event["choices"]:
                     text += _text(choice)
-                    record.finish_reason = choice["finish_reason"] or record.finish_reason
+                    record.finish_reason = choice.get("finish_reason") or record.finish_reason
                 counter.event(now, text, event.get("usage"))
                 times = event.get("tokenflow")
                 if times:
@@ -258,7 +261,7 @@ class OpenAITarget:
             raise TargetError(f"{self._url} gives no usable answer: {error}")
         if not self._features.exact and self._server.exact_output:
             notes.append("The server takes no min_tokens and ignore_eos: outputs may end early.")
-        if self._features.usage and not self._features.running_usage:
+        if self._estimates:
             notes.append(
                 "The server counts tokens at the end only: when each arrived is estimated by its "
                 "share of the text."

@@ -153,6 +153,12 @@ async def test_a_last_chunk_without_choices_may_bring_the_rest():
     assert record.ok and record.tokens == 6
 
 
+async def test_the_finish_reason_may_be_missing_until_the_end():
+    first = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+    record = await stream(ok(first, event("b", 2, "stop"), DONE))
+    assert record.ok and record.tokens == 2
+
+
 async def test_null_usage_and_null_content_are_nothing():
     choice = {"index": 0, "delta": {"content": None}, "finish_reason": None}
     data = b"data: %b\n\n" % json.dumps({"choices": [choice], "usage": None}).encode()
