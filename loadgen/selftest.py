@@ -183,7 +183,7 @@ _FIRST_S = 0.2
 
 def measure(load: Load) -> RealTime:
     """Run the load against a stub in a process of its own."""
-    with _stub_process(load) as url:
+    with stub_process(load) as url:
         return asyncio.run(_measure(load, url))
 
 
@@ -251,11 +251,13 @@ def _most_at_once(spans: list[tuple[float, float]]) -> int:
 
 
 @contextmanager
-def _stub_process(load: Load) -> Iterator[str]:
+def stub_process(load: Load, *, first_s: float = _FIRST_S) -> Iterator[str]:
+    """A stub in a process of its own, at the pace of the load; each answer as long as it is asked
+    to be. Gives its base URL."""
     # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, load), daemon=True)
+    process = context.Process(target=_serve, args=(there, load, first_s), daemon=True)
     process.start()
     try:
         yield here.recv()
@@ -266,11 +268,12 @@ def _stub_process(load: Load) -> Iterator[str]:
             process.kill()
 
 
-def _serve(pipe: Connection, load: Load) -> None:
-    script = paced(_FIRST_S, 1 / load.token_rate, load.tokens, each=load.each)
+def _serve(pipe: Connection, load: Load, first_s: float) -> None:
+    def script(body: dict[str, Any]) -> Script:
+        return paced(first_s, 1 / load.token_rate, body["max_tokens"], each=load.each)
 
     async def serve() -> None:
-        async with StubServer(lambda _: script).running() as url:
+        async with StubServer(script).running() as url:
             pipe.send(url)
             await asyncio.to_thread(pipe.recv)
 

@@ -72,6 +72,7 @@ def test_the_wheel_has_the_model_and_the_protos_and_no_tests(tmp_path):
         assert model + file in names
     assert "tokenflow/cluster/rpc/inference.proto" in names
     assert "tokenflow/cluster/cli.py" in names
+    assert "tokenflow/loadgen/schemas/report.schema.json" in names
     assert not {name for name in names if "test" in name or name.startswith("tools")}
 
 
