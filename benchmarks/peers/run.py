@@ -141,6 +141,7 @@ def serve(server: Server, args: argparse.Namespace, seed: int, console: Console)
             "extra_body": {"temperature": 0.0},
         },
         "readers": [{"token_rate": args.rate}],
+        "timeout_s": 3600,
     }
     asyncio.run(Session(load_description(None, common | WARM_UP)).run())
     session = Session(

@@ -14,7 +14,8 @@ class TokenCounter:
     """Counts for one record.
 
     With a running usage each message's tokens are known as it comes. Otherwise they are set at the
-    end: by the tokenizer, or the final usage spread over the messages by their share of the text.
+    end: the final usage is spread over the messages by their share of the text; without any, a
+    tokenizer counts.
     """
 
     NO_USAGE = "the server sends no usage; give --tokenizer to count its tokens"
@@ -51,11 +52,11 @@ class TokenCounter:
         if not self._pieces:
             return
         texts = [text for _, text in self._pieces]
-        if self._tokenizer is not None:
-            counts = _by_tokenizer(texts, self._tokenizer)
-        elif self._total is not None:
+        if self._total is not None:
             self.estimates = True
             counts = spread(self._total - self._counted, texts)
+        elif self._tokenizer is not None:
+            counts = _by_tokenizer(texts, self._tokenizer)
         else:
             if self._record.ok and self._record.finish_reason != LEFT:
                 self._record.error = self.NO_USAGE

@@ -152,6 +152,12 @@ def test_the_simulator_needs_no_server(tmp_path, capsys):
     assert load_report(tmp_path / "run").summary["tokens"].value == 500
 
 
+def test_the_example_without_a_server_runs(tmp_path):
+    example = Path(__file__).resolve().parents[2] / "examples" / "bench" / "simulated.yaml"
+    assert bench("run", str(example), "--out", str(tmp_path / "run"), "--repeats", "1") == 0
+    assert load_report(tmp_path / "run").summary["requests"].value == 100
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 
