@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 
-from tokenflow.loadgen.charts import Chart, distribution
+from tokenflow.loadgen.charts import WIDTH, Chart, distribution
 from tokenflow.loadgen.report import Curve, Repeat, Report
 
 _ROW_CURVES = 60
@@ -28,6 +28,11 @@ def dry_spans(curve: Curve) -> list[tuple[float, float]]:
         due = max(at, due if before else at) + (done - before) / float(curve.token_rate)
         before = done
     return spans
+
+
+def _visible(spans: Seq[tuple[float, float]], range_s: float) -> list[tuple[float, float]]:
+    """Those that are at least a point wide; a thinner mark would say more than is true."""
+    return [(start, stop) for start, stop in spans if stop - start >= range_s / WIDTH]
 
 
 def read_line(curve: Curve) -> list[tuple[float, float]]:
@@ -58,7 +63,7 @@ def tokens_timeline(curve: Curve, ttft_s: float) -> str:
         y_label="tokens",
         title=f"Tokens of request {curve.index} over time",
     )
-    for start, stop in dry_spans(curve):
+    for start, stop in _visible(dry_spans(curve), end):
         chart.box(start - begun, stop - begun, 0, tokens * 1.05, "dry", hint="reader sits dry")
     if curve.token_rate != "max":
         rate = float(curve.token_rate)
@@ -92,7 +97,7 @@ def readers_rows(repeat: Repeat) -> str:
         line = read_line(curve)
         last = line[-1][0] if line else curve.points[-1][0]
         chart.box(first, last, low, high, "reads", hint=f"request {curve.index}: reads")
-        for start, stop in dry_spans(curve):
+        for start, stop in _visible(dry_spans(curve), end):
             chart.box(start, stop, low, high, "dry", hint=f"dry for {stop - start:.2f} s")
     return chart.svg()
 
@@ -123,9 +128,9 @@ def stall_distribution(reports: Seq[Report]) -> str:
         [row.stall_s for r in report.repeats for row in r.requests if row.token_rate != "max"]
         for report in reports
     ]
-    most = max((max(values) for values in stalls if values), default=0.0)
+    most = max(0.1, max((max(values) for values in stalls if values), default=0.0) * 1.05)
     chart = Chart(
-        (0, max(most * 1.05, 0.1)),
+        (0, most),
         (0, 1),
         x_label="seconds dry in one answer",
         y_label="share of readers",
@@ -134,7 +139,7 @@ def stall_distribution(reports: Seq[Report]) -> str:
     for i, (report, values) in enumerate(zip(reports, stalls, strict=True)):
         if values:
             points = distribution(values)
-            line = [(0.0, 0.0), *points, (most * 1.05, 1.0)]
+            line = [(0.0, 0.0), *points, (most, 1.0)]
             chart.line(line, style(i), step=True, hint=report.name)
     return chart.svg()
 

@@ -8,7 +8,13 @@ from collections.abc import Sequence as Seq
 
 from rich.console import Console
 
-from tokenflow.loadgen.description import Description, GrpcServer, InProcess, OpenAIServer
+from tokenflow.loadgen.description import (
+    Description,
+    GrpcServer,
+    InProcess,
+    OpenAIServer,
+    Simulated,
+)
 from tokenflow.loadgen.folder import RunFolder
 from tokenflow.loadgen.live import Watcher, watch
 from tokenflow.loadgen.report import Repeat, Report, make_repeat, make_report, utc_now
@@ -77,7 +83,6 @@ class Session:
 
     def simulate(self) -> None:
         """The same on the simulator. Raises ConfigError."""
-        from tokenflow.loadgen.description import Simulated
         from tokenflow.loadgen.targets.simulator import SimulatorTarget
 
         assert isinstance(self.description.target, Simulated)
