@@ -24,6 +24,8 @@ class Update:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens that came out of a cache, at most `prompt_tokens`."""
 
 
 class Generation:
@@ -44,8 +46,14 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Prompt tokens once per prompt; completion tokens of the updates so far."""
-        return Usage(sum(len(prompt) for prompt in self.prompts), self._delivered)
+        """Prompt and cached tokens once per prompt, the latter as its first choice found them;
+        completion tokens of the updates so far."""
+        firsts = self.streams[:: len(self.streams) // len(self.prompts)]
+        return Usage(
+            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            completion_tokens=self._delivered,
+            cached_tokens=sum(stream.cached_tokens for stream in firsts),
+        )
 
     @classmethod
     async def start(
@@ -56,13 +64,16 @@ class Generation:
         n: int,
         sampling: Callable[[int, int], SamplingParams],
         token_rate: float,
+        cache_salt: str | None = None,
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
         `sampling(prompt_tokens, choice)` gives a choice's parameters.
         """
         streams = [
-            Stream(manager, request_id, tuple(prompt), sampling(len(prompt), i), token_rate)
+            Stream(
+                manager, request_id, tuple(prompt), sampling(len(prompt), i), token_rate, cache_salt
+            )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]
         generation = cls(manager, request_id, prompts, streams)

@@ -11,6 +11,7 @@ It checks, tokenizes, opens streams and frames the answers. What a request may l
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -54,6 +55,11 @@ _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _INFO_TIMEOUT_S = 5.0
 _HEARTBEAT_S = 1.0
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _usage(generation: Generation) -> dict[str, Any]:
+    used = generation.usage
+    return usage_body(used.prompt_tokens, used.completion_tokens, used.cached_tokens)
 
 
 @app.exception_handler(HTTPException)
@@ -157,31 +163,24 @@ class Ingress:
             return refusal(error)
         finally:
             generation.close()
-        usage = generation.usage
-        return JSONResponse(
-            answer.whole(events, usage_body(usage.prompt_tokens, usage.completion_tokens), echo)
-        )
+        return JSONResponse(answer.whole(events, _usage(generation), echo))
 
     async def _events(
         self, call: Call, generation: Generation, answer: Answer, echo: list[str]
     ) -> AsyncIterator[bytes]:
         """The body of a stream. When the client leaves, it is closed, and that cancels."""
 
-        def usage() -> dict[str, int]:
-            counted = generation.usage
-            return usage_body(counted.prompt_tokens, counted.completion_tokens)
-
         updates = generation.updates(self._delay_s, _HEARTBEAT_S)
         try:
             yield answer.opening(len(generation.streams), echo)
             async for update in updates:
                 if update.events:
-                    yield answer.chunk(update.choice, update.events, usage)
+                    yield answer.chunk(update.choice, update.events, partial(_usage, generation))
                 else:
                     # Only a write tells that a client has left; one that waits must not be
                     # served after it went.
                     yield HEARTBEAT
-            yield answer.closing(usage())
+            yield answer.closing(_usage(generation))
         except Exception as error:
             # The status is long sent; OpenAI's clients read an error from the stream itself.
             yield sse(error_body(error)[1]) + DONE
@@ -217,9 +216,9 @@ class Ingress:
         try:
             async for update in updates:
                 last = update.events[-1].finish_reason is not None
-                used = generation.usage
-                usage = (used.prompt_tokens, used.completion_tokens) if last else None
-                yield response_from(generation.id, update.events, usage)
+                yield response_from(
+                    generation.id, update.events, generation.usage if last else None
+                )
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
         finally:
@@ -268,7 +267,7 @@ class Ingress:
             )
 
         return await Generation.start(
-            self._streams, new_id(call), prompts, call.n, sampling, call.token_rate
+            self._streams, new_id(call), prompts, call.n, sampling, call.token_rate, call.cache_salt
         )
 
     def _echo(self, call: Call, generation: Generation) -> list[str]:

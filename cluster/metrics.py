@@ -31,6 +31,22 @@ _COUNTERS = {
     ),
     "loaded_bytes": ("tokenflow_loaded_bytes", "KV bytes copied from host memory."),
     "transfer_errors": ("tokenflow_transfer_errors", "KV copies that failed."),
+    "corrupt_blocks": (
+        "tokenflow_corrupt_blocks",
+        "KV blocks with a wrong checksum when loaded from the host; computed again.",
+    ),
+    "prefix_queried_tokens": (
+        "tokenflow_prefix_queried_tokens",
+        "Prompt tokens looked up in the prefix caches.",
+    ),
+    "prefix_device_hit_tokens": (
+        "tokenflow_prefix_device_hit_tokens",
+        "Of the queried tokens, those found in device blocks.",
+    ),
+    "prefix_host_hit_tokens": (
+        "tokenflow_prefix_host_hit_tokens",
+        "Of the queried tokens, those loaded from the node's KV store.",
+    ),
     "reader_stalls": ("tokenflow_reader_stalls", "Times a reader ran dry, finished requests."),
     "reader_stall_seconds": ("tokenflow_reader_stall_seconds", "Seconds readers sat dry."),
 }
@@ -39,11 +55,24 @@ _GAUGES = {
     "now_running": ("tokenflow_running_requests", "Requests on the device."),
     "now_preempted": ("tokenflow_preempted_requests", "Requests off the device or on their way."),
     "now_free_blocks": ("tokenflow_kv_free_blocks", "Free device KV blocks."),
+    "now_cached_blocks": (
+        "tokenflow_kv_cached_blocks",
+        "Free device KV blocks whose content can still be reused.",
+    ),
     "now_total_blocks": ("tokenflow_kv_total_blocks", "Device KV blocks."),
     "now_free_host_slots": ("tokenflow_host_free_slots", "Host KV slots at hand."),
     "now_rate": (
         "tokenflow_declared_rate",
         "Sum of declared token rates, tokens/s; without a reader, the rate aimed at.",
+    ),
+    "now_capacity": (
+        "tokenflow_capacity",
+        "Tokens/s the device can make of the requests it has; 0 while unknown.",
+    ),
+    "now_parked": ("tokenflow_parked_requests", "Requests not promised their rate."),
+    "now_overloaded": (
+        "tokenflow_overloaded",
+        "1 while readers ask for more than can be promised them.",
     ),
 }
 
@@ -58,6 +87,34 @@ class _Snapshot:
         self._ingress = ingress
         self._streams = streams
         self._failovers = failovers
+
+    def _stores(self) -> Iterator[Metric]:
+        """The nodes' KV stores, and the replicas' ways to them."""
+        slots = GaugeMetricFamily(
+            "tokenflow_store_slots",
+            "Slots of the node's KV store: free, leased to a replica, pinned by one, cached.",
+            labels=["node", "state"],
+        )
+        calls = CounterMetricFamily(
+            "tokenflow_store_calls", "Control calls to the node's KV store.", labels=["replica"]
+        )
+        lost = GaugeMetricFamily(
+            "tokenflow_store_lost",
+            "1 when the replica has lost its node's KV store and recomputes instead.",
+            labels=["replica"],
+        )
+        nodes: dict[str, dict[str, int]] = {}
+        for stats in self._replicas:
+            if (store := stats.get("store")) is not None:
+                nodes[stats["node_id"]] = store["slots"]
+                calls.add_metric([stats["replica_id"]], store["calls"])
+                lost.add_metric([stats["replica_id"]], store["lost"])
+        for node, counts in nodes.items():
+            for state, count in counts.items():
+                slots.add_metric([node, state], count)
+        yield slots
+        yield calls
+        yield lost
 
     def collect(self) -> Iterator[Metric]:
         for key, (name, text) in _COUNTERS.items():
@@ -96,6 +153,7 @@ class _Snapshot:
             for stats in self._replicas:
                 gauge.add_metric([stats["replica_id"]], stats[key])
             yield gauge
+        yield from self._stores()
         streams = GaugeMetricFamily(
             "tokenflow_ingress_streams", "Streams this ingress serves.", labels=["ingress"]
         )

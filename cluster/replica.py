@@ -111,8 +111,7 @@ class Replica:
             logger.warning("serving without host KV: %s", error)
             return NullHostSlots(), None, None
         segment = Segment.attach(control.info.path, slot_bytes=slot_bytes)
-        quota = control.info.owner_quota
-        slots = HostSlots(control, quota, high_water=quota if sharers == 1 else None)
+        slots = HostSlots(control, segment.tables(), control.info.owner_quota)
         return slots, segment, segment.tensor()
 
     # -- from the engine ------------------------------------------------------------------------
@@ -161,6 +160,7 @@ class Replica:
                 params=submission.params,
                 token_rate=submission.token_rate,
                 resumed_ids=submission.resumed_ids,
+                cache_salt=submission.cache_salt,
                 arrival_s=time.monotonic() - submission.waited_s,
             )
         )
@@ -211,7 +211,21 @@ class Replica:
         """The engine's counters. Raises WrongReplicaError."""
         if target != self._replica_id:
             raise WrongReplicaError(f"{target} is gone; this is {self._replica_id}")
-        return {"replica_id": self._replica_id, "pid": os.getpid(), **self._engine.stats.to_dict()}
+        store = None
+        if self._segment is not None:
+            host = self._host.stats()
+            store = {
+                "slots": self._segment.tables().counts(),
+                "calls": host.calls,
+                "lost": host.lost,
+            }
+        return {
+            "replica_id": self._replica_id,
+            "node_id": self._node_id,
+            "pid": os.getpid(),
+            "store": store,
+            **self._engine.stats.to_dict(),
+        }
 
     # -- Serve's hooks --------------------------------------------------------------------------
 

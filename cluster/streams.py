@@ -42,6 +42,7 @@ class Stream:
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
         token_rate: float,
+        cache_salt: str | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.request_id = request_id
@@ -50,8 +51,12 @@ class Stream:
         self.params = params
         self.token_rate = token_rate
         """tokens/s; infinite = no reader."""
+        self.cache_salt = cache_salt
+        """Only requests with the same salt share cached prefixes."""
         self.token_ids: list[int] = []
         """All tokens received so far."""
+        self.cached_tokens = 0
+        """Prompt tokens that a cache spared it, as told with the first token."""
         self.finish_reason: str | None = None
         self.arrived_s = time.monotonic()
         self.attempt = 0
@@ -81,6 +86,8 @@ class Stream:
                 )
                 return
             self.token_ids.append(event.token_id)
+            if event.offset == 0:
+                self.cached_tokens = event.cached_tokens
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
         self._pending.append(event)
@@ -247,6 +254,7 @@ class StreamManager:
                 token_rate=stream.token_rate,
                 resumed_ids=tuple(stream.token_ids),
                 waited_s=time.monotonic() - stream.arrived_s,
+                cache_salt=stream.cache_salt,
             )
             self._streams[attempt_id] = stream
             try:

@@ -25,6 +25,8 @@ class Submission:
     resumed_ids: tuple[int, ...] = ()
     waited_s: float = 0.0
     """Seconds since the client's request arrived, so that order of arrival survives a move."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share cached prefixes."""
 
 
 Frame = list[tuple[object, ...]]

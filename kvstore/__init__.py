@@ -1,1 +1,1 @@
-"""The node-wide KV store: one shared-memory segment per node and the ownership of its slots."""
+"""The node-wide KV store: one shared-memory segment per node, a cache of KV blocks by content."""

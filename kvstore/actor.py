@@ -2,7 +2,7 @@
 
 A thin wrapper: `NodeStore` does the work, this gives it a process, a name and a clock. The segment
 is allocated when the first replica registers, not when the actor starts, so that a failure reaches
-that replica as an error it can act on, and a restarted actor allocates nothing for nobody.
+that replica as an error it can act on, and an actor restarted for nobody allocates nothing.
 
 The actor never touches a device and never imports torch: a daemon that maps device memory would
 keep the memory of a dead engine.
@@ -13,12 +13,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tokenflow.kvstore.control import StoreUnavailableError
 from tokenflow.kvstore.node import NodeStore, StoreConfig, StoreInfo
 from tokenflow.kvstore.segment import reap_orphans
 from tokenflow.replicas.errors import KVStoreError
@@ -32,34 +35,41 @@ ACTOR_PREFIX = "tokenflow-kv:"
 class KVStoreActor:
     """Runs on the node whose memory it hands out.
 
-    Ray restarts it after a crash, with no memory of the leases. The replicas still map the old
-    segment, and every call carries the epoch its leases belong to: a call from before the crash is
-    refused, its replica recomputes from then on, and its slots cannot be handed to anybody else,
-    because the next store makes a new segment. The old one goes when the last replica unmaps it.
+    Ray restarts it after a crash. It then adopts the segment that the replicas still map, and they
+    go on with their leases, pins and blocks. If there is nothing to adopt, the next replica that
+    registers makes it allocate a new segment; every call carries the epoch of the segment it is
+    about, and one of an earlier epoch is refused. An old segment goes when the last replica unmaps
+    it.
     """
 
     def __init__(self, name: str, config: StoreConfig) -> None:
         self._name = name
         self._config = config
-        self._store: NodeStore | None = None
+        self._store = NodeStore.adopt(name, config)
         self._stopping = threading.Event()
-        self._reaper = threading.Thread(target=self._reap, name="kv-reaper", daemon=True)
-        self._reaper.start()
+        self._keeper = threading.Thread(target=self._keep, name="kv-keeper", daemon=True)
+        self._keeper.start()
 
     def register(self, owner_id: str, pid: int) -> StoreInfo:
         """See `NodeStore.register`; the first call allocates the segment (0.25 s per GiB)."""
         if self._store is None and not self._stopping.is_set():
-            self._store = NodeStore(self._name, self._config)
+            self._store = NodeStore.open(self._name, self._config)
         return self._of_epoch(None).register(owner_id, pid)
 
-    def renew(self, owner_id: str, epoch: int) -> None:
-        self._of_epoch(epoch).renew(owner_id)
+    def unregister(self, owner_id: str, epoch: int) -> None:
+        self._of_epoch(epoch).unregister(owner_id)
 
     def lease(self, owner_id: str, epoch: int, n: int) -> list[int]:
         return self._of_epoch(epoch).lease(owner_id, n)
 
-    def release(self, owner_id: str, epoch: int, slots: list[int]) -> None:
+    def release(self, owner_id: str, epoch: int, slots: Sequence[int]) -> None:
         self._of_epoch(epoch).release(owner_id, slots)
+
+    def reattach(self, owner_id: str, epoch: int, held: Sequence[int]) -> int:
+        return self._of_epoch(epoch).reattach(owner_id, held)
+
+    def poll(self, epoch: int) -> None:
+        self._of_epoch(epoch).poll()
 
     def info(self) -> StoreInfo | None:
         """None while no replica has registered."""
@@ -68,7 +78,7 @@ class KVStoreActor:
     def close(self) -> None:
         """Unlink the segment and stop; the actor is of no use afterwards."""
         self._stopping.set()
-        self._reaper.join()
+        self._keeper.join()
         if self._store is not None:
             self._store.close()
 
@@ -81,14 +91,20 @@ class KVStoreActor:
             )
         return store
 
-    def _reap(self) -> None:
-        while not self._stopping.wait(self._config.reap_interval_s):
+    def _keep(self) -> None:
+        """Poll the store, and now and then look for what the dead left behind."""
+        reaped = time.monotonic()
+        while not self._stopping.wait(self._config.poll_interval_s):
             try:
                 if self._store is not None:
-                    self._store.reap_dead_owners()
-                reap_orphans(self._config.directory)
+                    self._store.poll()
+                if time.monotonic() - reaped >= self._config.reap_interval_s:
+                    reaped = time.monotonic()
+                    if self._store is not None:
+                        self._store.reap_dead_owners()
+                    reap_orphans(self._config.directory)
             except Exception:  # one failed round must not end the rounds after it
-                logger.exception("KV store: cannot look for dead owners")
+                logger.exception("KV store: cannot keep its tables")
 
 
 class RayStoreControl:
@@ -102,6 +118,7 @@ class RayStoreControl:
         self._handle = handle
         self._owner_id = owner_id
         self.info: StoreInfo = self._call("register", owner_id, os.getpid())
+        self.owner_index = self.info.owners[owner_id].index
         if self.info.slot_bytes != slot_bytes:
             raise KVStoreError(
                 f"the KV store of this node has slots of {self.info.slot_bytes} bytes, "
@@ -113,22 +130,37 @@ class RayStoreControl:
         slots: list[int] = self._call("lease", self._owner_id, self.info.epoch, n)
         return slots
 
-    def release(self, slots: list[int]) -> None:
+    def release(self, slots: Sequence[int]) -> None:
         self._call("release", self._owner_id, self.info.epoch, slots)
+
+    def reattach(self, held: Sequence[int]) -> None:
+        self._call("reattach", self._owner_id, self.info.epoch, held)
+
+    def poll(self) -> None:
+        self._call("poll", self.info.epoch)
+
+    def unregister(self) -> None:
+        self._call("unregister", self._owner_id, self.info.epoch)
 
     def _call(self, method: str, *args: object) -> Any:
         # No timeout: only the background thread waits here, and a call given up on could still
-        # lease slots that nobody would know of. A dead actor ends the wait with an error.
+        # be carried out, after the one that follows it. A dead actor ends the wait with an error.
         try:
             return ray.get(getattr(self._handle, method).remote(*args))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, KVStoreError):
                 raise error.cause from None
             raise KVStoreError(f"the KV store failed in {method}: {error.cause!r}") from error
+        except ray.exceptions.RayActorError as error:
+            raise StoreUnavailableError(
+                f"the KV store actor ended before it answered {method} "
+                f"({type(error).__name__}); if it does not come back, restart the replica to use "
+                "the host tier again"
+            ) from error
         except ray.exceptions.RayError as error:
             raise KVStoreError(
-                f"the KV store actor ended before it answered {method} "
-                f"({type(error).__name__}); restart the replica to use the host tier again"
+                f"the KV store cannot be asked for {method}: {type(error).__name__}; restart the "
+                "replica to use the host tier again"
             ) from error
 
 

@@ -1,7 +1,8 @@
 """One shared-memory file of fixed-size slots, mapped by the store and by every replica of a node.
 
-The file is a page of header and then `num_slots * slot_bytes` of data; replicas copy between their
-device and the slots directly. Who owns which slot is not known here (see `slots`).
+The file is a page of header, then the tables (see `tables`), then, from a page boundary on,
+`num_slots * slot_bytes` of data; replicas copy between their device and the slots directly. What
+the tables mean is not known here.
 
 Every process that maps a segment holds a shared `flock` on it for exactly as long as the mapping
 exists, however the process ends. So "no lock" means "no user", and a file left behind by a killed
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from tokenflow.kvstore.process import start_ticks
 from tokenflow.kvstore.sizing import free_bytes
+from tokenflow.kvstore.tables import Tables
 from tokenflow.replicas.errors import KVStoreError
 
 if TYPE_CHECKING:
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
 
 SHM_DIRECTORY = "/dev/shm"
 FILE_PREFIX = "tokenflow-kv-"
-DATA_OFFSET = 4096
-"""Slots begin on a page boundary, so that the whole data area can be pinned by the driver."""
+TABLES_OFFSET = 4096
 
 _MAGIC = b"TFKVSEG\0"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<IIQQQQQQ")  # follows the magic
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 _CREATE_ATTEMPTS = 10
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
@@ -44,10 +46,11 @@ _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 class Header:
     """The first page of a segment, little-endian, right behind the 8 bytes of magic."""
 
+    max_owners: int
     slot_bytes: int
     num_slots: int
     data_offset: int
-    """First byte of slot 0; a later version may put tables between header and data."""
+    """First byte of slot 0, on a page boundary, so that the driver can pin the data area."""
     creator_pid: int
     creator_start_ticks: int
     """With the pid, names the creating process (see `process`); for people who look into a file."""
@@ -64,7 +67,7 @@ class Header:
             buffer,
             len(_MAGIC),
             _VERSION,
-            0,
+            self.max_owners,
             self.slot_bytes,
             self.num_slots,
             self.data_offset,
@@ -78,7 +81,7 @@ class Header:
     def parse(cls, page: bytes, path: str) -> Header:
         if len(page) < len(_MAGIC) + _HEADER.size or page[: len(_MAGIC)] != _MAGIC:
             raise KVStoreError(f"{path} is not a finished KV segment: its first bytes are wrong")
-        version, _, *fields = _HEADER.unpack_from(page, len(_MAGIC))
+        version, *fields = _HEADER.unpack_from(page, len(_MAGIC))
         if version != _VERSION:
             raise KVStoreError(
                 f"{path} has KV segment version {version}, this build reads version {_VERSION}; "
@@ -103,6 +106,7 @@ class Segment:
         slot_bytes: int,
         num_slots: int,
         epoch: int,
+        max_owners: int = 32,
         directory: str = SHM_DIRECTORY,
     ) -> Segment:
         """Make `tokenflow-kv-<name>` with all its memory allocated (zeros), and map it.
@@ -117,7 +121,16 @@ class Segment:
             )
         path = os.path.join(directory, FILE_PREFIX + name)
         pid = os.getpid()
-        header = Header(slot_bytes, num_slots, DATA_OFFSET, pid, start_ticks(pid) or 0, epoch)
+        tables_end = TABLES_OFFSET + Tables.nbytes(num_slots, max_owners)
+        header = Header(
+            max_owners=max_owners,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+            data_offset=-(-tables_end // mmap.PAGESIZE) * mmap.PAGESIZE,
+            creator_pid=pid,
+            creator_start_ticks=start_ticks(pid) or 0,
+            epoch=epoch,
+        )
         fd = _create_locked(path)
         try:
             os.posix_fallocate(fd, 0, header.file_bytes)
@@ -134,11 +147,13 @@ class Segment:
         return cls(path, header, mapping)
 
     @classmethod
-    def attach(cls, path: str, *, slot_bytes: int | None = None) -> Segment:
+    def attach(cls, path: str, *, slot_bytes: int | None = None, prefault: bool = True) -> Segment:
         """Map an existing segment for reading and writing.
 
-        With `slot_bytes` given, a segment with slots of another size is refused. Raises
-        KVStoreError if the file is missing, unfinished, about to be reaped, or of another version.
+        With `slot_bytes` given, a segment with slots of another size is refused. `prefault` makes
+        the kernel enter every page now, where it can, so that the first copies meet no page
+        faults. Raises KVStoreError if the file is missing, unfinished, about to be reaped, or of
+        another version.
         """
         try:
             fd = os.open(path, os.O_RDWR)
@@ -155,7 +170,7 @@ class Segment:
                 locked = True
             if not locked or not _is_linked(fd, path):
                 raise KVStoreError(f"the KV segment {path} is being removed; its store is gone")
-            header = Header.parse(os.pread(fd, DATA_OFFSET, 0), path)
+            header = Header.parse(os.pread(fd, TABLES_OFFSET, 0), path)
             if os.fstat(fd).st_size != header.file_bytes:
                 raise KVStoreError(f"the KV segment {path} is truncated; restart its store")
             if slot_bytes is not None and slot_bytes != header.slot_bytes:
@@ -167,7 +182,16 @@ class Segment:
             mapping = mmap.mmap(fd, header.file_bytes)
         finally:
             os.close(fd)
+        if prefault:
+            _prefault(mapping, path)
         return cls(path, header, mapping)
+
+    def tables(self) -> Tables:
+        """The tables; like a tensor they stay valid after `close`."""
+        header = self.header
+        return Tables(
+            self._open_mapping(), header.num_slots, header.max_owners, offset=TABLES_OFFSET
+        )
 
     def tensor(self) -> torch.Tensor:
         """All slots as one zero-copy tensor, torch.uint8 `[num_slots, slot_bytes]`, contiguous.
@@ -189,10 +213,10 @@ class Segment:
         return flat.view(header.num_slots, header.slot_bytes)
 
     def close(self) -> None:
-        """Drop this object's mapping and its lock; both live on while a tensor of it does."""
+        """Drop this object's mapping and its lock; both live on while a tensor or table does."""
         if self._mapping is None:
             return
-        # A live tensor exports the buffer; the mapping is then freed together with the tensor.
+        # A live view exports the buffer; the mapping is then freed together with the view.
         with contextlib.suppress(BufferError):
             self._mapping.close()
         self._mapping = None
@@ -215,7 +239,7 @@ def reap_orphans(directory: str = SHM_DIRECTORY, prefix: str = FILE_PREFIX) -> l
     process holds its lock exclusively, which nobody who maps it, or is making it, would allow.
     """
     reaped: list[str] = []
-    for path in _segment_files(directory, prefix):
+    for path in segment_files(directory, prefix):
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
@@ -232,7 +256,7 @@ def reap_orphans(directory: str = SHM_DIRECTORY, prefix: str = FILE_PREFIX) -> l
     return reaped
 
 
-def _segment_files(directory: str, prefix: str) -> list[str]:
+def segment_files(directory: str, prefix: str) -> list[str]:
     """Paths of the regular files in `directory` whose name begins with `prefix`, sorted."""
     with os.scandir(directory) as entries:
         return sorted(
@@ -245,7 +269,7 @@ def _segment_files(directory: str, prefix: str) -> list[str]:
 def segment_bytes(directory: str = SHM_DIRECTORY, prefix: str = FILE_PREFIX) -> int:
     """Bytes of all segment files with this prefix, in use or not."""
     total = 0
-    for path in _segment_files(directory, prefix):
+    for path in segment_files(directory, prefix):
         with contextlib.suppress(FileNotFoundError):
             total += os.stat(path).st_size
     return total
@@ -263,6 +287,14 @@ def _create_locked(path: str) -> int:
             return fd
         os.close(fd)
     raise KVStoreError(f"the KV segment {path} was removed {_CREATE_ATTEMPTS} times while starting")
+
+
+def _prefault(mapping: mmap.mmap, path: str) -> None:
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # an older kernel; pages then come in at their first use
+            raise KVStoreError(f"cannot map the KV segment {path}: {error.strerror}") from error
 
 
 def _is_linked(fd: int, path: str) -> bool:

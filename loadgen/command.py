@@ -86,7 +86,7 @@ def _add_run(commands: Any) -> None:
         nargs="?",
         const="h200:llama3-8b",
         metavar="GPU:MODEL",
-        help="the engine on a simulated GPU (h200:llama3-8b)",
+        help="the engine on a simulated GPU, or on a calibration.json (h200:llama3-8b)",
     )
     target.add_argument("--model", metavar="NAME", help="model of --url (the first one it lists)")
     target.add_argument("--endpoint", choices=("chat", "completions"), help="of --url (chat)")

@@ -78,7 +78,9 @@ class Simulated(_Section):
     """The engine on a simulated GPU and a virtual clock; takes no time to speak of."""
 
     kind: Literal["simulator"] = "simulator"
-    machine: str = Field(default="h200:llama3-8b", description="GPU:MODEL")
+    machine: str = Field(
+        default="h200:llama3-8b", description="GPU:MODEL, or a calibration (.json)."
+    )
     memory_fraction: float = Field(default=0.9, gt=0, le=1)
     policy: str = "slack"
     options: dict[str, Any] = Field(

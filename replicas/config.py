@@ -57,6 +57,16 @@ class EngineConfig(BaseModel):
         description="Free the copied blocks of a victim at once and load while others are written "
         "out; false = one direction at a time.",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Reuse the KV of a prompt's beginning where it is still on the device or in "
+        "the node's store.",
+    )
+    verify_loads: Literal["off", "sampled", "full"] = Field(
+        default="sampled",
+        description="Check the checksum of KV loaded from the host: of one block in 64, or of "
+        "every one.",
+    )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda" or "cuda:N".')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

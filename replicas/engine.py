@@ -11,24 +11,24 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from typing import Any
 
-import numpy as np
-
-from tokenflow.replicas.block_pool import BlockPool
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import FinishReason, Request, Sequence, State
-from tokenflow.replicas.scheduler.capacity import reference_rate
+from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
-from tokenflow.replicas.scheduler.tracker import Tracker
+from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 from tokenflow.replicas.stats import EngineStats
 from tokenflow.replicas.text import TextStream
-from tokenflow.replicas.transfers import HostSlots, Job, Kind, Transfers
+from tokenflow.replicas.transfers import HostSlots
 
 logger = logging.getLogger("tokenflow.engine")
 
@@ -37,8 +37,6 @@ _LOWEST_RATE = 1e-3
 _HIGHEST_RATE = 1e6
 
 _PACING_INTERVAL_S = 0.5
-_FIRST_CHUNK_BLOCKS = 4
-"""Blocks copied beside a step while the link's speed is unknown."""
 
 
 def check_rate(token_rate: float) -> None:
@@ -54,8 +52,9 @@ def check_rate(token_rate: float) -> None:
 class Engine:
     """Serves requests on one executor. Not thread-safe: one thread calls everything.
 
-    `tokenizer` is a Hugging Face tokenizer; `eos_ids` the model's end-of-sequence ids; `clock` a
-    monotonic clock in seconds (a virtual one in simulations).
+    `tokenizer` is a Hugging Face tokenizer; `eos_ids` the model's end-of-sequence ids; `model`
+    tells its KV from that of other checkpoints (`checkpoint_fingerprint`); `clock` a monotonic
+    clock in seconds (a virtual one in simulations).
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class Engine:
         tokenizer: Any,
         eos_ids: Iterable[int],
         max_model_len: int,
+        model: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor = executor
@@ -75,22 +75,29 @@ class Engine:
         self.config = config
         self.max_model_len = min(max_model_len, executor.num_blocks * executor.layout.block_size)
         self.cost = CostModel()
+        self.lengths = OutputLengths()
         self.stats = EngineStats()
-        self.pool = BlockPool(executor.num_blocks)
         self.tracker = Tracker()
-        self._host = host
-        self._transfers = Transfers(executor, self.pool, host)
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
         self._clock = clock
         self._block_size = executor.layout.block_size
         self._max_blocks = -(-self.max_model_len // self._block_size)
+        self.kv = KVCache(
+            executor,
+            host,
+            config,
+            model=model,
+            max_blocks=self._max_blocks,
+            tracker=self.tracker,
+            cost=self.cost,
+            stats=self.stats,
+        )
         self._sequences: dict[str, Sequence] = {}
         self._text: dict[str, TextStream] = {}
-        self._entries = 0
         self._elastic: dict[str, Sequence] = {}
         self._next_pacing_s = -math.inf
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._next_assessment_s = -math.inf
         self._events: list[TokenEvent] = []
         self.refresh_stats()
 
@@ -127,8 +134,13 @@ class Engine:
                 f"This replica already holds {len(self._sequences)} requests; try again later."
             )
 
-    def add(self, request: Request) -> None:
-        """Queue a checked request. Raises InvalidRequestError when its id is already in use."""
+    def prompt_keys(self, request: Request) -> list[bytes]:
+        """What `add` can be spared computing; safe from any thread."""
+        return self.kv.prompt_keys(request.prompt_ids, request.cache_salt)
+
+    def add(self, request: Request, keys: list[bytes] | None = None) -> None:
+        """Queue a checked request; `keys` as by `prompt_keys`. Raises InvalidRequestError when its
+        id is already in use."""
         if request.request_id in self._sequences:
             raise InvalidRequestError(
                 f"A request with id {request.request_id!r} is already running.", param="request_id"
@@ -140,6 +152,7 @@ class Engine:
         self._sequences[seq.request_id] = seq
         self._text[seq.request_id] = text
         self.tracker.add(seq)
+        self.kv.add(seq, keys)
         self._watch_elastic(seq)
         self.stats.requests += 1
 
@@ -176,7 +189,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self._transfers.active > 0
+        return bool(self._sequences) or self.kv.transfers.active > 0
 
     @property
     def requests(self) -> list[str]:
@@ -191,19 +204,20 @@ class Engine:
 
     def step(self) -> bool:
         """Run one step. Returns False when there was nothing to run (copies may be under way)."""
-        self._collect()
+        kv = self.kv
+        kv.collect()
         begun = self._clock()
         self._pace_elastic(begun)
         plan = self.policy.plan(self._view(), begun)
-        self._apply(plan)
-        batch = self._schedule(plan)
-        planned = self._clock()
-        self.stats.schedule_seconds += planned - begun
-        if not batch and not self._transfers.active and self._sequences:
-            batch = self._force_progress()
+        complete = self._apply(plan)
+        batch = self._schedule([*plan.batch, *self._back_at_once(plan)])
+        self.stats.schedule_seconds += self._clock() - begun
+        self._note_load(plan.load, begun)
+        if not (batch or plan.preempt or kv.transfers.active) and self._sequences:
+            batch = self._force_progress() if complete else self._whoever_can()
         config = self.config
         if self.policy.write_through and config.write_through and config.offload:
-            self._write_through(batch, planned)
+            kv.write_through(batch)
         if not batch:
             return self.refresh_stats()
         self._run(batch)
@@ -212,7 +226,7 @@ class Engine:
 
     def wait_for_transfers(self, timeout_s: float) -> None:
         """Sleep until a copy ends, at most `timeout_s`."""
-        self._collect(timeout_s)
+        self.kv.collect(timeout_s)
         self.refresh_stats()
 
     def refresh_stats(self) -> bool:
@@ -223,27 +237,55 @@ class Engine:
         stats.now_waiting = tracker.count(State.WAITING)
         stats.now_running = tracker.count(State.RUNNING)
         stats.now_preempted = len(tracker) - stats.now_waiting - stats.now_running
-        stats.now_free_blocks = self.pool.free_blocks
-        stats.now_total_blocks = self.pool.num_blocks
-        stats.now_free_host_slots = self._host.available()
+        pool = self.kv.pool
+        stats.now_free_blocks = pool.free_blocks
+        stats.now_cached_blocks = pool.cached_blocks
+        stats.now_total_blocks = pool.num_blocks
+        stats.now_free_host_slots = self.kv.host.available()
         stats.now_rate = float(tracker.rate.sum())
+        if not len(tracker):
+            stats.now_parked, stats.now_overloaded = 0, False
         return False
+
+    def _expected_lengths(self) -> IntArray | FloatArray:
+        return self.lengths.expected(self.tracker.limit, self.tracker.generated)
+
+    def _note_load(self, load: Load | None, now: float) -> None:
+        """The gauges of the load, as the policy saw it or, now and then, as it would be seen."""
+        if load is None:
+            if now < self._next_assessment_s:
+                return
+            self._next_assessment_s = now + _PACING_INTERVAL_S
+            kv_tokens = self.kv.pool.num_blocks * self._block_size
+            load = assess(
+                self.tracker,
+                self.cost,
+                kv_tokens,
+                self.config.max_num_seqs,
+                self._expected_lengths(),
+            )
+        stats = self.stats
+        stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
+        stats.now_parked = load.parked
+        stats.now_overloaded = load.overloaded
 
     def _view(self) -> View:
         self.tracker.refresh()
-        transfers = self._transfers
+        kv = self.kv
+        transfers = kv.transfers
         return View(
             tracker=self.tracker,
-            free_blocks=self.pool.free_blocks,
-            releasing_blocks=transfers.releasing_blocks,
-            total_blocks=self.pool.num_blocks,
-            free_host_slots=self._host.available() if self.config.offload else 0,
+            free_blocks=kv.free_blocks,
+            releasing_blocks=kv.releasing_blocks,
+            total_blocks=kv.pool.num_blocks,
+            free_host_slots=kv.host.available() if self.config.offload else 0,
             offload_queue=transfers.queued(to_host=True),
             load_queue=transfers.queued(to_host=False),
             block_size=self._block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_batch_tokens=self.config.max_batch_tokens,
             cost=self.cost,
+            lengths=self.lengths,
             overlap=self.config.overlap_transfers,
         )
 
@@ -260,8 +302,10 @@ class Engine:
             return
         self._next_pacing_s = now + _PACING_INTERVAL_S
         self.tracker.refresh()
-        kv_tokens = self.pool.num_blocks * self._block_size
-        rate = reference_rate(self.tracker, self.cost, kv_tokens, self.config.max_num_seqs)
+        kv_tokens = self.kv.pool.num_blocks * self._block_size
+        rate = reference_rate(
+            self.tracker, self.cost, kv_tokens, self.config.max_num_seqs, self._expected_lengths()
+        )
         if rate is None:
             return
         for seq in self._elastic.values():
@@ -270,132 +314,56 @@ class Engine:
 
     # -- applying a plan ------------------------------------------------------------------------
 
-    def _apply(self, plan: Plan) -> None:
+    def _apply(self, plan: Plan) -> bool:
+        """Returns whether everybody came onto the device that was to: where blocks are shared, a
+        victim may free less than the policy could know."""
+        kv = self.kv
         for seq, how in plan.preempt:
-            self._preempt(seq, how)
+            kv.preempt(seq, how)
         for seq in plan.drop:
             if seq.state is State.PREEMPTED:
-                self._drop_kv(seq)
-        for seq in plan.resume:
-            self._resume(seq)
-        for seq in plan.admit:
-            self._admit(seq)
+                kv.drop(seq)
+        resumed = [kv.resume(seq) for seq in plan.resume]
+        admitted = [kv.admit(seq) for seq in plan.admit]
+        return all(resumed) and all(admitted)
 
-    def _admit(self, seq: Sequence) -> bool:
-        if seq.state is not State.WAITING or not self._free_rows:
-            return False
-        if not self._take_blocks(seq):
-            return False
-        self._enter_device(seq)
-        return True
-
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Blocks for all its tokens and the next one: all of them or none."""
-        need = min(-(-(len(seq.tokens) + 1) // self._block_size), self._max_blocks)
-        blocks = self.pool.allocate(need)
-        if blocks is None:
-            return False
-        seq.add_blocks(blocks)
-        return True
-
-    def _enter_device(self, seq: Sequence) -> None:
-        if seq.slot < 0:
-            seq.slot = self._free_rows.pop()
-        seq.resident_tokens = 0
-        seq.move(State.RUNNING)
-        self._entries += 1
-        seq.entered = self._entries
-        self.tracker.touch(seq)
-
-    def _leave_device(self, seq: Sequence) -> None:
-        """Give up row and blocks; copies under way keep their own hold on the blocks."""
-        if seq.slot >= 0:
-            self._free_rows.append(seq.slot)
-            seq.slot = -1
-        self.pool.release(seq.take_blocks())
-        self.tracker.touch(seq)
-
-    def _preempt(self, seq: Sequence, how: Preempt) -> None:
-        if seq.state is not State.RUNNING:
-            return
-        seq.preemptions += 1
-        filled = -(-seq.num_computed // self._block_size)
-        offload = how is Preempt.OFFLOAD and self.config.offload
-        if offload and filled > 0 and self._reserve_slots(seq, filled):
-            self.stats.preempted_offload += 1
-            first = seq.synced_blocks
-            items = [
-                (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(first, filled)
-            ]
-            if items:
-                kept = [] if self.config.overlap_transfers else seq.block_ids[:first].tolist()
-                self._transfers.start(Kind.OFFLOAD, items, kept)
-                self.stats.offloaded_bytes += len(items) * self.executor.layout.block_bytes
-            self._leave_device(seq)
-            seq.move(State.OFFLOADING if items else State.PREEMPTED)
-            return
-        self.stats.preempted_recompute += 1
-        self._leave_device(seq)
-        self._drop_kv(seq)
-
-    def _drop_kv(self, seq: Sequence) -> None:
-        """Forget all KV of a sequence that holds no device blocks; it waits to be recomputed."""
-        self._release_host(seq)
-        seq.num_computed = 0
-        seq.move(State.WAITING)
-        self.tracker.touch(seq)
-
-    def _reserve_slots(self, seq: Sequence, blocks: int) -> bool:
-        """Make `seq` hold a host slot for each of its first `blocks` blocks."""
-        missing = blocks - len(seq.host_slots)
-        if missing > 0:
-            slots = self._host.acquire(missing)
-            if slots is None:
-                return False
-            seq.host_slots.extend(slots)
-            self.tracker.touch(seq)
-        return True
-
-    def _release_host(self, seq: Sequence) -> None:
-        self._transfers.release_slots(seq.host_slots)
-        seq.host_slots = []
-        seq.synced_blocks = 0
-        self.tracker.touch(seq)
-
-    def _resume(self, seq: Sequence) -> None:
-        if seq.state is not State.PREEMPTED or not self._free_rows:
-            return
-        if not self.config.overlap_transfers and self._transfers.pending(Kind.OFFLOAD):
-            return
-        if not self._take_blocks(seq):
-            return
-        seq.slot = self._free_rows.pop()
-        seq.move(State.LOADING)
-        self.tracker.touch(seq)
-        items = [
-            (seq, i, int(seq.block_ids[i]), seq.host_slots[i]) for i in range(seq.synced_blocks)
-        ]
-        self._transfers.start(Kind.LOAD, items)
-        self.stats.resumes += 1
-        self.stats.loaded_bytes += len(items) * self.executor.layout.block_bytes
-
-    def _schedule(self, plan: Plan) -> list[tuple[Sequence, int]]:
-        """The part of the planned batch that has blocks; the rest waits for the next plan."""
+    def _back_at_once(self, plan: Plan) -> list[tuple[Sequence, int]]:
+        """Shares of the step for those who were to be loaded, but had nothing to load."""
+        left = self.config.max_batch_tokens - sum(n for _, n in plan.batch)
         batch = []
-        for seq, n in plan.batch:
-            if seq.state is State.RUNNING and self._grow(seq, seq.num_computed + n):
+        for seq in plan.resume:
+            n = min(left, seq.pending_tokens)
+            if seq.state is State.RUNNING and n > 0:
+                batch.append((seq, n))
+                left -= n
+        return batch
+
+    def _schedule(self, wanted: Seq[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The part of a planned batch that has blocks; the rest waits for the next plan.
+
+        Of several who would compute the same block one does, and the others find it next time.
+        """
+        kv = self.kv
+        batch = []
+        computing: set[bytes] = set()
+        for seq, n in wanted:
+            if seq.state is not State.RUNNING:
+                continue
+            if seq.pending_tokens > 1:
+                kv.reuse(seq)
+                n = min(n, seq.pending_tokens)
+                keys = kv.prefill_keys(seq, n)
+                if keys and keys[0] in computing:
+                    continue
+                computing.update(keys)
+            if kv.grow(seq, seq.num_computed + n):
                 batch.append((seq, n))
         return batch
 
-    def _grow(self, seq: Sequence, tokens: int) -> bool:
-        missing = -(-tokens // self._block_size) - seq.num_blocks
-        if missing > 0:
-            blocks = self.pool.allocate(missing)
-            if blocks is None:
-                return False
-            seq.add_blocks(blocks)
-            self.tracker.touch(seq)
-        return True
+    def _whoever_can(self) -> list[tuple[Sequence, int]]:
+        """The plan could not be carried out: one step of whatever is on the device."""
+        running = self.tracker.take(self._view().running())
+        return self._schedule([(seq, 1) for seq in running]) or self._force_progress()
 
     def _force_progress(self) -> list[tuple[Sequence, int]]:
         """Nothing runs and nothing moves: a policy that holds back with an idle device is wrong,
@@ -404,107 +372,14 @@ class Engine:
         oldest = min(self._sequences.values(), key=lambda s: s.arrival_s)
         for seq in self._sequences.values():
             if seq is not oldest and seq.state is State.RUNNING:
-                self._preempt(seq, Preempt.RECOMPUTE)
+                self.kv.preempt(seq, Preempt.RECOMPUTE)
         if oldest.state is State.WAITING:
-            self._admit(oldest)
+            self.kv.admit(oldest)
         elif oldest.state is State.PREEMPTED:
-            self._resume(oldest)
+            self.kv.resume(oldest)
         if oldest.state is not State.RUNNING:
             return []
-        n = min(oldest.pending_tokens, self.config.max_batch_tokens)
-        return self._schedule(Plan(batch=[(oldest, n)]))
-
-    # -- copies ---------------------------------------------------------------------------------
-
-    def _write_through(self, batch: list[tuple[Sequence, int]], now: float) -> None:
-        """Copy filled blocks to the host beside the coming step, as many as it can hide.
-
-        Fullest buffers first: they are the likeliest victims. [TokenFlow §5.1]
-        """
-        if self._transfers.pending(Kind.WRITE_THROUGH):
-            return
-        decodes = [seq for seq, n in batch if n == 1]
-        prefill = sum(n for _, n in batch if n > 1)
-        per_block = self.cost.offload_s(1)
-        budget = _FIRST_CHUNK_BLOCKS
-        if per_block > 0:
-            context = sum(seq.num_computed for seq in decodes)
-            budget = max(1, int(self.cost.step_s(len(decodes), context, prefill) / per_block))
-        self.tracker.refresh()
-        items: list[tuple[Sequence, int, int, int]] = []
-        for seq in self._behind(now):
-            full = seq.num_computed // self._block_size
-            upto = min(full, seq.synced_blocks + budget - len(items))
-            if not self._reserve_slots(seq, upto):
-                break
-            items += [
-                (seq, i, int(seq.block_ids[i]), seq.host_slots[i])
-                for i in range(seq.synced_blocks, upto)
-            ]
-            if len(items) >= budget:
-                break
-        if items:
-            self._transfers.start(Kind.WRITE_THROUGH, items)
-            copied = len(items) * self.executor.layout.block_bytes
-            self.stats.offloaded_bytes += copied
-            self.stats.written_through_bytes += copied
-
-    def _behind(self, now: float) -> list[Sequence]:
-        """Running sequences with filled blocks that are not on the host, fullest buffer first."""
-        tracker = self.tracker
-        rows = tracker.rows(State.RUNNING)
-        rows = rows[tracker.synced[rows] < tracker.computed[rows] // self._block_size]
-        return tracker.take(rows[np.argsort(-tracker.due_s[rows], kind="stable")])
-
-    def _collect(self, timeout_s: float = 0.0) -> None:
-        for job, done in self._transfers.collect(timeout_s):
-            error = done.error
-            if error is not None:
-                self.stats.transfer_errors += 1
-                logger.error("%s of %d blocks failed: %s", job.kind.value, len(job.blocks), error)
-            elif job.kind is Kind.LOAD:
-                self.cost.observe_load(len(job.blocks), done.seconds)
-            else:
-                self.cost.observe_offload(len(job.blocks), done.seconds)
-            self._finish_job(job, error)
-
-    def _finish_job(self, job: Job, error: Exception | None) -> None:
-        if job.kind is Kind.WRITE_THROUGH:
-            if error is None:
-                for (seq, index), slot in zip(job.parts, job.slots, strict=True):
-                    # The sequence may have ended, left or been dropped since: then the slot is
-                    # not its own any more, or its blocks are being copied again.
-                    current = index < len(seq.host_slots) and seq.host_slots[index] == slot
-                    if current and seq.state is State.RUNNING and seq.synced_blocks == index:
-                        seq.synced_blocks = index + 1
-                        self.tracker.touch(seq)
-            return
-        for seq in dict.fromkeys(seq for seq, _ in job.parts):
-            if job.kind is Kind.OFFLOAD:
-                self._offloaded(seq, error)
-            else:
-                self._loaded(seq, error)
-
-    def _offloaded(self, seq: Sequence, error: Exception | None) -> None:
-        if seq.state is not State.OFFLOADING:
-            return
-        if error is not None:
-            self._drop_kv(seq)
-            return
-        seq.synced_blocks = -(-seq.num_computed // self._block_size)
-        seq.move(State.PREEMPTED)
-        self.tracker.touch(seq)
-
-    def _loaded(self, seq: Sequence, error: Exception | None) -> None:
-        if seq.state is not State.LOADING:
-            return
-        if error is not None:
-            self._leave_device(seq)
-            self._drop_kv(seq)
-            return
-        # The last block goes on filling up on the device, so its host copy is stale from now on.
-        seq.synced_blocks = seq.num_computed // self._block_size
-        self._enter_device(seq)
+        return self._schedule([(oldest, min(oldest.pending_tokens, self.config.max_batch_tokens))])
 
     # -- running and handing out ----------------------------------------------------------------
 
@@ -548,7 +423,9 @@ class Engine:
                     fresh = 0
                 stats.prompt_tokens += fresh
                 stats.recomputed_tokens += n - fresh
+            filled = seq.num_computed // self._block_size
             seq.num_computed += n
+            self.kv.publish(seq, filled, seq.num_computed // self._block_size)
             if token_id >= 0:
                 self._take_token(seq, token_id, logprobs, now, unix_now)
         self.cost.observe_step(decodes, context, prefill, now - begun)
@@ -563,6 +440,8 @@ class Engine:
     ) -> None:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
+        # A moved request's figure was told by the replica that drew its first token.
+        cached_tokens = 0 if seq.output_ids else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
@@ -575,6 +454,7 @@ class Engine:
                 unix_now,
                 logprobs,
                 reason.value if reason else None,
+                cached_tokens=cached_tokens,
             )
         )
         if reason is not None:
@@ -596,9 +476,7 @@ class Engine:
         self._forget(seq, reason)
 
     def _forget(self, seq: Sequence, reason: FinishReason) -> None:
-        """Free everything a request holds; copies under way keep what they touch until they end."""
-        self._leave_device(seq)
-        self._release_host(seq)
+        self.kv.forget(seq)
         seq.move(State.FINISHED)
         self.tracker.remove(seq)
         self._elastic.pop(seq.request_id, None)
@@ -606,6 +484,7 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
+        self.lengths.observe(len(seq.output_ids), ended=reason is FinishReason.STOP)
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)

@@ -18,6 +18,7 @@ from tokenflow.replicas.executor.checkpoint import (
     check_memory,
     inspect_checkpoint,
 )
+from tokenflow.replicas.prefix import checkpoint_fingerprint
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.tokenizer import load_tokenizer
 from tokenflow.replicas.transfers import HostSlots
@@ -164,4 +165,5 @@ def build_engine(
         tokenizer=tokenizer,
         eos_ids=spec.eos_token_ids,
         max_model_len=spec.max_model_len,
+        model=checkpoint_fingerprint(spec.path),
     )

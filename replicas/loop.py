@@ -28,6 +28,7 @@ _TRANSFER_WAIT_S = 0.005
 @dataclass(frozen=True, slots=True)
 class _Add:
     request: Request
+    keys: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class EngineLoop:
         served, EngineDeadError when the loop has stopped."""
         self.raise_if_dead()
         self._engine.check(request)
-        self._inbox.put(_Add(request))
+        self._inbox.put(_Add(request, self._engine.prompt_keys(request)))
 
     def cancel(self, request_id: str) -> None:
         """End a request early; unknown ids are ignored (it may have just finished)."""
@@ -124,9 +125,9 @@ class EngineLoop:
                 return True
             block = False
             match command:
-                case _Add(request):
+                case _Add(request, keys):
                     try:
-                        self._engine.add(request)
+                        self._engine.add(request, keys)
                     except InvalidRequestError as error:
                         self._emit([_refused(request, error)])
                 case _Cancel(request_id):

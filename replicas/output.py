@@ -23,3 +23,5 @@ class TokenEvent(NamedTuple):
     finish_reason: str | None = None
     """"stop", "length", "cancelled" or "error" on the last event of a request."""
     error: str | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that a cache spared the request; on the event at offset 0 only."""

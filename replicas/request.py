@@ -23,24 +23,24 @@ class State(Enum):
     """Where a request's KV is, and so what may happen to it next."""
 
     WAITING = "waiting"
-    """No KV anywhere: new, or preempted for recompute."""
+    """Holds no KV: new, or preempted for recompute."""
     RUNNING = "running"
     """Its KV is on the device; it may take part in steps."""
     OFFLOADING = "offloading"
     """Preempted; the rest of its KV is on its way to the host."""
     PREEMPTED = "preempted"
-    """All its KV is on the host."""
+    """Its KV, or the leading part that was worth keeping, is on the host."""
     LOADING = "loading"
-    """Its KV is on its way back to the device."""
+    """KV is on its way to its device blocks: its own, or a cached prefix of its text."""
     FINISHED = "finished"
 
 
 ARCS: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.WAITING: frozenset({State.RUNNING, State.LOADING, State.FINISHED}),
     State.RUNNING: frozenset({State.OFFLOADING, State.PREEMPTED, State.WAITING, State.FINISHED}),
     State.OFFLOADING: frozenset({State.PREEMPTED, State.WAITING, State.FINISHED}),
-    State.PREEMPTED: frozenset({State.LOADING, State.WAITING, State.FINISHED}),
-    State.LOADING: frozenset({State.RUNNING, State.WAITING, State.FINISHED}),
+    State.PREEMPTED: frozenset({State.LOADING, State.RUNNING, State.WAITING, State.FINISHED}),
+    State.LOADING: frozenset({State.RUNNING, State.PREEMPTED, State.FINISHED}),
     State.FINISHED: frozenset(),
 }
 
@@ -67,6 +67,8 @@ class Request:
     """Tokens per second the reader consumes; infinite = as fast as it can be had (no reader)."""
     resumed_ids: tuple[int, ...] = ()
     """Tokens another replica already delivered; generation continues after them."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share cached prefixes."""
     arrival_s: float = field(default_factory=time.monotonic)
     """Engine clock."""
 
@@ -78,11 +80,14 @@ class Sequence:
         "arrival_s",
         "block_ids",
         "buffers",
+        "cached_tokens",
         "cancelled",
         "elastic",
         "entered",
         "first_token_s",
         "host_slots",
+        "in_flight",
+        "keys",
         "num_blocks",
         "num_computed",
         "output_ids",
@@ -93,7 +98,10 @@ class Sequence:
         "request",
         "request_id",
         "resident_tokens",
+        "root",
         "row",
+        "sent_blocks",
+        "shared_blocks",
         "slot",
         "state",
         "synced_blocks",
@@ -123,10 +131,24 @@ class Sequence:
         """Device block table; the first `num_blocks` entries are held."""
         self.num_blocks = 0
         self.num_computed = 0
-        """Tokens whose KV exists (on the device, or on the host while off it)."""
+        """Tokens whose KV exists (on the device, or on the host while off it); while it waits,
+        tokens that are believed to be cached on the device."""
+        self.shared_blocks = 0
+        """Leading blocks that others hold as well: they take no memory, and free none."""
         self.host_slots: list[int] = []
-        """Host slots held, one per leading block; the first `synced_blocks` have been written."""
+        """Host slots held, one per leading block."""
+        self.sent_blocks = 0
+        """Leading blocks whose copy to the host was started, or found there."""
+        self.in_flight: set[int] = set()
+        """Those of them whose copy has not ended."""
         self.synced_blocks = 0
+        """Leading blocks whose copy on the host is complete."""
+        self.root = b""
+        """Parent of the first key."""
+        self.keys: list[bytes] = []
+        """Keys of leading full blocks, as far as they were needed (see prefix.py)."""
+        self.cached_tokens = 0
+        """Prompt tokens that a cache spared it before its first token."""
         self.buffers: list[int] = []
         """The reader's buffer just after each token, for effective throughput."""
         self.preemptions = 0

@@ -32,6 +32,14 @@ class EngineStats:
     written_through_bytes: int = 0
     loaded_bytes: int = 0
     transfer_errors: int = 0
+    corrupt_blocks: int = 0
+    """Loaded blocks whose checksum was wrong; they were computed again."""
+    prefix_queried_tokens: int = 0
+    """Prompt tokens of admitted requests, looked up in the caches."""
+    prefix_device_hit_tokens: int = 0
+    """Of those, found in blocks of the device."""
+    prefix_host_hit_tokens: int = 0
+    """Of those, loaded from the node's store."""
     reader_stalls: int = 0
     """Of finished requests."""
     reader_stall_seconds: float = 0.0
@@ -45,10 +53,18 @@ class EngineStats:
     now_preempted: int = 0
     now_free_blocks: int = 0
     now_total_blocks: int = 0
+    now_cached_blocks: int = 0
+    """Of the free ones, those whose content can still be found."""
     now_free_host_slots: int = 0
     now_rate: float = 0.0
     """Sum of the declared rates of unfinished requests, tokens/s; finite: a request without a
     reader counts with its reference rate."""
+    now_capacity: float = 0.0
+    """Gamma, tokens/s that the device can make of the unfinished requests; 0 while unknown."""
+    now_parked: int = 0
+    """Unfinished requests that are not promised their rate."""
+    now_overloaded: bool = False
+    """Whether readers ask for more than can be promised them."""
 
     @property
     def preemptions(self) -> int:

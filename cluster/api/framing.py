@@ -27,11 +27,15 @@ def sse(data: dict[str, Any]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage_body(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0
+) -> dict[str, Any]:
+    """`cached_tokens` are those of the prompt tokens that came out of a cache."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -82,7 +86,7 @@ class Answer:
         return out
 
     def chunk(
-        self, index: int, events: Seq[TokenEvent], usage: Callable[[], dict[str, int]]
+        self, index: int, events: Seq[TokenEvent], usage: Callable[[], dict[str, Any]]
     ) -> bytes:
         """A batch of one choice's tokens; with its finish reason, if it ends here."""
         text = "".join(event.text for event in events)
@@ -106,7 +110,7 @@ class Answer:
             return None
         return [round(event.generated_at, 6) for event in events if event.token_id >= 0]
 
-    def closing(self, usage: dict[str, int]) -> bytes:
+    def closing(self, usage: dict[str, Any]) -> bytes:
         """The end of a stream."""
         if not self._call.include_usage:
             return DONE
@@ -118,7 +122,7 @@ class Answer:
         content: Any,
         logprobs: dict[str, Any] | None,
         reason: str | None,
-        usage: dict[str, int] | None = None,
+        usage: dict[str, Any] | None = None,
         generated_at: list[float] | None = None,
     ) -> bytes:
         key = "delta" if self._call.is_chat else "text"
@@ -133,7 +137,7 @@ class Answer:
     # -- whole answers --------------------------------------------------------------------------
 
     def whole(
-        self, choices: Seq[Seq[TokenEvent]], usage: dict[str, int], echo: Seq[str] = ()
+        self, choices: Seq[Seq[TokenEvent]], usage: dict[str, Any], echo: Seq[str] = ()
     ) -> dict[str, Any]:
         """The body of an answer that is not streamed; one list of events per choice."""
         bodies = []

@@ -24,6 +24,7 @@ _TOKEN_ID = re.compile(r"-?[0-9]{1,100}")
 _SHOWN_CHARS = 100
 """How much of a client's own words an error repeats."""
 MAX_REQUEST_ID_CHARS = 256
+MAX_CACHE_SALT_CHARS = 256
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default max_tokens of /v1/completions."""
 
@@ -74,6 +75,8 @@ class Call:
     generation_times: bool = False
     echo: bool = False
     request_id: str | None = None
+    cache_salt: str | None = None
+    """Only calls with the same salt share cached prefixes."""
 
     @property
     def is_chat(self) -> bool:
@@ -113,6 +116,7 @@ class _Common(_Strict):
     skip_special_tokens: bool | None = None
     token_rate: Number | Literal["max"] | None = None
     request_id: Annotated[str, Field(max_length=MAX_REQUEST_ID_CHARS)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None = None
     user: str | None = None
 
 
@@ -432,6 +436,7 @@ def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict
         "continuous_usage": bool(options and options.continuous_usage_stats),
         "generation_times": bool(options and options.include_generation_times),
         "request_id": request.request_id or None,
+        "cache_salt": request.cache_salt,
     }
 
 

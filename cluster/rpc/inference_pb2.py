@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tokenflow/cluster/rpc/inference.proto\x12\x0ctokenflow.v1\"\x9b\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.tokenflow.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1a.tokenflow.v1.ChatMessagesH\x00\x12\x17\n\ntoken_rate\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x13\x61s_fast_as_possible\x18\x08 \x01(\x08\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.tokenflow.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x07\n\x05inputB\r\n\x0b_token_rate\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenflow.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x89\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12?\n\nlogit_bias\x18\x0b \x03(\x0b\x32+.tokenflow.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobs\"\xde\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.tokenflow.v1.TokenLogprobs\x12\x1b\n\x13generated_at_unix_s\x18\x06 \x03(\x01\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.tokenflow.v1.Usage\"F\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.tokenflow.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x15\n\x13GetModelInfoRequest\"l\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_token_rate\x18\x04 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xf4\x01\n\tInference\x12K\n\x08Generate\x12\x1d.tokenflow.v1.GenerateRequest\x1a\x1e.tokenflow.v1.GenerateResponse0\x01\x12U\n\x0cGetModelInfo\x12!.tokenflow.v1.GetModelInfoRequest\x1a\".tokenflow.v1.GetModelInfoResponse\x12\x43\n\x06\x43\x61ncel\x12\x1b.tokenflow.v1.CancelRequest\x1a\x1c.tokenflow.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tokenflow/cluster/rpc/inference.proto\x12\x0ctokenflow.v1\"\xaf\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.tokenflow.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1a.tokenflow.v1.ChatMessagesH\x00\x12\x17\n\ntoken_rate\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x13\x61s_fast_as_possible\x18\x08 \x01(\x08\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.tokenflow.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\tB\x07\n\x05inputB\r\n\x0b_token_rate\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenflow.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x89\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\t\x88\x01\x01\x12?\n\nlogit_bias\x18\x0b \x03(\x0b\x32+.tokenflow.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\x05H\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_ignore_eosB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobs\"\xde\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.tokenflow.v1.TokenLogprobs\x12\x1b\n\x13generated_at_unix_s\x18\x06 \x03(\x01\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.tokenflow.v1.Usage\"F\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x01(\x01\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.tokenflow.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x15\n\x13GetModelInfoRequest\"l\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_token_rate\x18\x04 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xf4\x01\n\tInference\x12K\n\x08Generate\x12\x1d.tokenflow.v1.GenerateRequest\x1a\x1e.tokenflow.v1.GenerateResponse0\x01\x12U\n\x0cGetModelInfo\x12!.tokenflow.v1.GetModelInfoRequest\x1a\".tokenflow.v1.GetModelInfoResponse\x12\x43\n\x06\x43\x61ncel\x12\x1b.tokenflow.v1.CancelRequest\x1a\x1c.tokenflow.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST']._serialized_start=56
-  _globals['_GENERATEREQUEST']._serialized_end=339
-  _globals['_TOKENIDS']._serialized_start=341
-  _globals['_TOKENIDS']._serialized_end=364
-  _globals['_CHATMESSAGES']._serialized_start=366
-  _globals['_CHATMESSAGES']._serialized_end=425
-  _globals['_CHATMESSAGE']._serialized_start=427
-  _globals['_CHATMESSAGE']._serialized_end=471
-  _globals['_SAMPLINGPARAMS']._serialized_start=474
-  _globals['_SAMPLINGPARAMS']._serialized_end=1251
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=969
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1017
-  _globals['_GENERATERESPONSE']._serialized_start=1254
-  _globals['_GENERATERESPONSE']._serialized_end=1476
-  _globals['_TOKENLOGPROBS']._serialized_start=1478
-  _globals['_TOKENLOGPROBS']._serialized_end=1548
-  _globals['_TOPLOGPROB']._serialized_start=1550
-  _globals['_TOPLOGPROB']._serialized_end=1597
-  _globals['_USAGE']._serialized_start=1599
-  _globals['_USAGE']._serialized_end=1656
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1658
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1679
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1681
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1789
-  _globals['_CANCELREQUEST']._serialized_start=1791
-  _globals['_CANCELREQUEST']._serialized_end=1826
-  _globals['_CANCELRESPONSE']._serialized_start=1828
-  _globals['_CANCELRESPONSE']._serialized_end=1859
-  _globals['_INFERENCE']._serialized_start=1862
-  _globals['_INFERENCE']._serialized_end=2106
+  _globals['_GENERATEREQUEST']._serialized_end=359
+  _globals['_TOKENIDS']._serialized_start=361
+  _globals['_TOKENIDS']._serialized_end=384
+  _globals['_CHATMESSAGES']._serialized_start=386
+  _globals['_CHATMESSAGES']._serialized_end=445
+  _globals['_CHATMESSAGE']._serialized_start=447
+  _globals['_CHATMESSAGE']._serialized_end=491
+  _globals['_SAMPLINGPARAMS']._serialized_start=494
+  _globals['_SAMPLINGPARAMS']._serialized_end=1271
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=989
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1037
+  _globals['_GENERATERESPONSE']._serialized_start=1274
+  _globals['_GENERATERESPONSE']._serialized_end=1496
+  _globals['_TOKENLOGPROBS']._serialized_start=1498
+  _globals['_TOKENLOGPROBS']._serialized_end=1568
+  _globals['_TOPLOGPROB']._serialized_start=1570
+  _globals['_TOPLOGPROB']._serialized_end=1617
+  _globals['_USAGE']._serialized_start=1619
+  _globals['_USAGE']._serialized_end=1699
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1701
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1722
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1724
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1832
+  _globals['_CANCELREQUEST']._serialized_start=1834
+  _globals['_CANCELREQUEST']._serialized_end=1869
+  _globals['_CANCELRESPONSE']._serialized_start=1871
+  _globals['_CANCELRESPONSE']._serialized_end=1902
+  _globals['_INFERENCE']._serialized_start=1905
+  _globals['_INFERENCE']._serialized_end=2149
 # @@protoc_insertion_point(module_scope)

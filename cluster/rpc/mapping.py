@@ -12,6 +12,7 @@ import grpc
 
 from tokenflow.cluster.api.errors import INTERNAL_MESSAGE
 from tokenflow.cluster.api.protocol import (
+    MAX_CACHE_SALT_CHARS,
     MAX_REQUEST_ID_CHARS,
     Call,
     Message,
@@ -22,6 +23,7 @@ from tokenflow.cluster.api.protocol import (
     check_stops,
     text_rate,
 )
+from tokenflow.cluster.generation import Usage
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.replicas.errors import (
@@ -67,6 +69,10 @@ def call_from(
         raise InvalidRequestError(
             f"request_id may have at most {MAX_REQUEST_ID_CHARS} characters.", param="request_id"
         )
+    if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"cache_salt may have at most {MAX_CACHE_SALT_CHARS} characters.", param="cache_salt"
+        )
     model = request.model or next(iter(model_names))
     check_model(model, model_names)
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -90,6 +96,7 @@ def call_from(
         token_rate=_rate(request, limits, metadata_rate),
         stream=True,
         request_id=request.request_id or None,
+        cache_salt=request.cache_salt or None,
     )
 
 
@@ -130,9 +137,9 @@ def _sampling(message: pb.SamplingParams, limits: Limits) -> Sampling:
 
 
 def response_from(
-    request_id: str, events: Seq[TokenEvent], usage: tuple[int, int] | None
+    request_id: str, events: Seq[TokenEvent], usage: Usage | None
 ) -> pb.GenerateResponse:
-    """One message for a batch of events; `usage` (prompt, completion tokens) on the last one."""
+    """One message for a batch of events; `usage` on the last one."""
     tokens = [event for event in events if event.token_id >= 0]
     message = pb.GenerateResponse(
         request_id=request_id,
@@ -151,7 +158,9 @@ def response_from(
                 )
             )
     if usage is not None:
-        message.usage.prompt_tokens, message.usage.completion_tokens = usage
+        message.usage.prompt_tokens = usage.prompt_tokens
+        message.usage.completion_tokens = usage.completion_tokens
+        message.usage.cached_tokens = usage.cached_tokens
     return message
 
 

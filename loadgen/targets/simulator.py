@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenflow.loadgen.description import Simulated
 from tokenflow.loadgen.metrics import StreamRecord
 from tokenflow.loadgen.targets.base import Opened
@@ -9,7 +11,8 @@ from tokenflow.loadgen.targets.engine import engine_config
 from tokenflow.loadgen.traces import TraceRow
 from tokenflow.loadgen.workload import Workload
 from tokenflow.replicas.scheduler.registry import make_policy
-from tokenflow.replicas.simulator.replay import Replay, parse_machine
+from tokenflow.replicas.simulator.calibration import Calibration
+from tokenflow.replicas.simulator.replay import Replay, parse_machine, replay_machine
 from tokenflow.replicas.simulator.run import simulate
 
 
@@ -19,33 +22,35 @@ class SimulatorTarget:
     def __init__(self, settings: Simulated) -> None:
         """Raises ConfigError for an unknown machine, policy or option."""
         self._settings = settings
-        self._gpu, self._model = parse_machine(settings.machine)
         self._config = engine_config(settings.policy, settings.options)
+        if Path(settings.machine).suffix == ".json":
+            self._machine = Calibration.load(settings.machine).machine(self._config.policy)
+            self._opened = Opened(Path(settings.machine).name, "as calibrated")
+        else:
+            gpu, model = parse_machine(settings.machine)
+            self._machine = replay_machine(gpu, model, settings.memory_fraction)
+            self._opened = Opened(gpu.name, model.name)
+        self._opened.name = f"simulated {self._opened.name}, policy {self._config.policy}"
+        self._opened.notes = ["Simulated: a cost model on a virtual clock, not a measurement."]
 
     def opened(self) -> Opened:
-        settings = self._settings
-        return Opened(
-            f"simulated {self._gpu.name}, policy {settings.policy}",
-            self._model.name,
-            ["Simulated: a cost model of the GPU on a virtual clock, not a measurement."],
-        )
+        return self._opened
 
     def run(self, workload: Workload) -> list[StreamRecord]:
-        """Serve it to the end; records in the order of the workload. Raises ConfigError when the
-        machine has no memory for the model, or for one of the requests."""
+        """Serve it to the end; records in the order of the workload. Raises ConfigError when a
+        request does not fit into the machine's memory."""
         asks = sorted(workload.asks, key=lambda ask: ask.at_s)
         rows = tuple(
             TraceRow(ask.at_s, ask.prompt_tokens, ask.output_tokens, ask.index + 1) for ask in asks
         )
-        fraction = self._settings.memory_fraction
-        machine = Replay("workload", rows, self._gpu, self._model, fraction).machine()
+        Replay("workload", rows).check(self._machine.kv_tokens, self._settings.machine)
         policy = make_policy(self._config.policy, self._config.policy_params)
         options = {
             name: getattr(self._config, name)
             for name in self._settings.options
             if name != "policy_params"
         }
-        outcome = simulate(machine, policy, [ask.arrival for ask in asks], engine=options)
+        outcome = simulate(self._machine, policy, [ask.arrival for ask in asks], engine=options)
         for ask, record in zip(asks, outcome.records, strict=True):
             record.index = ask.index
             record.sent_s = record.intended_s

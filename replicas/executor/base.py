@@ -86,12 +86,18 @@ class StepResult:
 
 
 class CopyDone(NamedTuple):
-    """The end of a copy job."""
+    """The end of a copy job. Where checksums take time of their own, they follow in a second
+    report of the same job."""
 
     job_id: int
     error: Exception | None
     seconds: float
     """How long the copy itself took, without waiting in a queue."""
+    checksums: tuple[int, ...] | None = ()
+    """Of each block copied to the host, xxh3 of 64 bits; empty where no bytes are moved, None when
+    they follow."""
+    corrupt: tuple[int, ...] = ()
+    """Places in the job of loaded blocks whose checksum was not the expected one."""
 
 
 class Executor(Protocol):
@@ -113,8 +119,11 @@ class Executor(Protocol):
         """
         ...
 
-    def load(self, pairs: Seq[tuple[int, int]]) -> int:
-        """Start copying host slots into device blocks: `(host slot, block id)`; a job id."""
+    def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
+        """Start copying host slots into device blocks: `(host slot, block id)`; a job id.
+
+        `expected` are checksums to verify, None (or nothing at all) for blocks that are not to be.
+        """
         ...
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:

@@ -1,34 +1,44 @@
 """Copies of KV blocks between the device pool and host slots, beside the forward pass.
 
-Both sides are uint8 `[blocks, block_bytes]`: one block is one contiguous copy. On a CPU one worker
-thread copies (torch releases the GIL while it does); on a GPU two side streams do.
+Both sides are uint8 `[blocks, block_bytes]`: one block is one contiguous copy, and neighbours go
+in one. On a CPU one worker thread copies; on a GPU two side streams do, one per direction, and a
+thread each waits for them. What went to the host is reported as soon as it is there; its checksums
+are computed when nothing waits to be copied, and reported after it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+import xxhash
 
 from tokenflow.replicas.errors import KVStoreError
 from tokenflow.replicas.executor.base import CopyDone
 
-_POLL_S = 0.0002
+logger = logging.getLogger("tokenflow.engine")
+
+Pairs = Seq[tuple[int, int]]
 
 
 class Copies(Protocol):
     """Jobs in both directions; ids ascend. Finished jobs are reported once, by `poll`."""
 
-    def to_host(self, pairs: Seq[tuple[int, int]]) -> int:
-        """Copy `(device block, host slot)` pairs."""
+    def to_host(self, pairs: Pairs) -> int:
+        """Copy `(device block, host slot)` pairs; the checksums come with the report."""
         ...
 
-    def to_device(self, pairs: Seq[tuple[int, int]]) -> int:
-        """Copy `(host slot, device block)` pairs."""
+    def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
+        """Copy `(host slot, device block)` pairs, checking those with an expected checksum."""
         ...
 
     def poll(self, timeout_s: float) -> list[CopyDone]: ...
@@ -36,48 +46,28 @@ class Copies(Protocol):
     def close(self) -> None: ...
 
 
-def _need(host: torch.Tensor | None) -> torch.Tensor:
-    if host is None:
-        raise KVStoreError("this executor has no host memory to copy to")
-    return host
+def runs(pairs: Pairs) -> Iterator[tuple[int, int, int]]:
+    """Neighbours on both sides joined: (first source, first target, blocks)."""
+    first = length = 0
+    for i, (source, target) in enumerate(pairs):
+        if length and source == pairs[first][0] + length and target == pairs[first][1] + length:
+            length += 1
+            continue
+        if length:
+            yield (*pairs[first], length)
+        first, length = i, 1
+    if length:
+        yield (*pairs[first], length)
 
 
-class CopyThread:
-    """One worker thread, first in first out, so that a load sees the offload before it."""
+class _Reports:
+    """Finished jobs, from the threads that see them end to the engine."""
 
-    def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
-        self._device = device
-        self._host = host
-        self._todo: queue.SimpleQueue[tuple[int, list[Any], list[Any]] | None] = queue.SimpleQueue()
+    def __init__(self) -> None:
         self._done: queue.SimpleQueue[CopyDone] = queue.SimpleQueue()
-        self._last = 0
-        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
-        self._thread.start()
 
-    def to_host(self, pairs: Seq[tuple[int, int]]) -> int:
-        host = _need(self._host)
-        return self._put([host[slot] for _, slot in pairs], [self._device[b] for b, _ in pairs])
-
-    def to_device(self, pairs: Seq[tuple[int, int]]) -> int:
-        host = _need(self._host)
-        return self._put([self._device[b] for _, b in pairs], [host[slot] for slot, _ in pairs])
-
-    def _put(self, targets: list[Any], sources: list[Any]) -> int:
-        self._last += 1
-        self._todo.put((self._last, targets, sources))
-        return self._last
-
-    def _run(self) -> None:
-        while (job := self._todo.get()) is not None:
-            job_id, targets, sources = job
-            begun = time.perf_counter()
-            error: Exception | None = None
-            try:
-                for target, source in zip(targets, sources, strict=True):
-                    target.copy_(source)
-            except Exception as failure:  # reported, and the next job still runs
-                error = failure
-            self._done.put(CopyDone(job_id, error, time.perf_counter() - begun))
+    def put(self, done: CopyDone) -> None:
+        self._done.put(done)
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
         done = []
@@ -89,9 +79,154 @@ class CopyThread:
         except queue.Empty:
             return done
 
+
+class _HostMemory:
+    """The host side. Raises KVStoreError on use when there is none."""
+
+    def __init__(self, host: torch.Tensor | None) -> None:
+        self._host = host
+        self._bytes: np.ndarray | None = None if host is None else host.numpy()
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        if self._host is None:
+            raise KVStoreError("this executor has no host memory to copy to")
+        return self._host
+
+    def checksums(self, slots: Seq[int]) -> tuple[int, ...]:
+        assert self._bytes is not None
+        return tuple(xxhash.xxh3_64_intdigest(self._bytes[slot]) for slot in slots)
+
+    def corrupt(self, slots: Seq[int], expected: Seq[int | None]) -> tuple[int, ...]:
+        """Places in the job whose bytes are not what they were."""
+        checked = [i for i, checksum in enumerate(expected) if checksum is not None]
+        found = self.checksums([slots[i] for i in checked])
+        return tuple(
+            i for i, checksum in zip(checked, found, strict=True) if checksum != expected[i]
+        )
+
+
+_MOST_UNSUMMED = 256
+"""Jobs whose checksums may be put off; their slots cannot be shared until then."""
+
+
+class _Worker:
+    """A thread that ends jobs in order, and computes checksums while it has nothing else to do."""
+
+    def __init__(
+        self, memory: _HostMemory, reports: _Reports, end: Callable[[Any], CopyDone]
+    ) -> None:
+        """`end` waits for a job, or does it, and says what came of it."""
+        self._memory = memory
+        self._reports = reports
+        self._end = end
+        self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._unsummed: deque[_Job] = deque()
+        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
+        self._thread.start()
+
+    def put(self, job: _Job) -> None:
+        self._todo.put(job)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._todo.get(block=not self._unsummed)
+            except queue.Empty:
+                self._sum_oldest()
+                continue
+            if job is None:
+                return
+            done = self._end(job)
+            self._reports.put(done)
+            if done.checksums is None:
+                self._unsummed.append(job)
+            if len(self._unsummed) > _MOST_UNSUMMED:
+                self._sum_oldest()
+
+    def _sum_oldest(self) -> None:
+        job = self._unsummed.popleft()
+        sums = self._memory.checksums([slot for _, slot in job.pairs])
+        self._reports.put(CopyDone(job.job_id, None, 0.0, sums))
+
     def close(self) -> None:
         self._todo.put(None)
         self._thread.join()
+
+
+class _Job(Protocol):
+    @property
+    def job_id(self) -> int: ...
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]: ...
+
+
+class CopyThread:
+    """One worker thread, first in first out, so that a load sees the offload before it."""
+
+    def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
+        self._device = device
+        self._memory = _HostMemory(host)
+        self._reports = _Reports()
+        self._worker = _Worker(self._memory, self._reports, self._copy)
+        self._last = 0
+
+    def to_host(self, pairs: Pairs) -> int:
+        return self._put(self._device, self._memory.tensor, pairs, None)
+
+    def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
+        return self._put(self._memory.tensor, self._device, pairs, expected)
+
+    def _put(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        pairs: Pairs,
+        expected: Seq[int | None] | None,
+    ) -> int:
+        self._last += 1
+        self._worker.put(_CpuJob(self._last, list(pairs), source, target, expected))
+        return self._last
+
+    def _copy(self, job: _CpuJob) -> CopyDone:
+        begun = time.perf_counter()
+        corrupt: tuple[int, ...] = ()
+        try:
+            _copy(job.source, job.target, job.pairs)
+            seconds = time.perf_counter() - begun
+            if job.expected is not None:
+                corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+        except Exception as failure:  # reported, and the next job still runs
+            return CopyDone(job.job_id, failure, 0.0)
+        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
+
+    def poll(self, timeout_s: float) -> list[CopyDone]:
+        return self._reports.poll(timeout_s)
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class _CpuJob(NamedTuple):
+    job_id: int
+    pairs: list[tuple[int, int]]
+    source: torch.Tensor
+    target: torch.Tensor
+    expected: Seq[int | None] | None
+    """None on the way to the host."""
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
+    """Copy blocks by memmove, without the GIL: torch would take its own threads to a copy of this
+    size, and they are busy with the forward pass. Raises IndexError for a block that is not there.
+    """
+    size = source.shape[1]
+    from_address, to_address = source.data_ptr(), target.data_ptr()
+    for first, to, blocks in runs(pairs):
+        if min(first, to) < 0 or first + blocks > len(source) or to + blocks > len(target):
+            raise IndexError(f"no copy of {blocks} from {first} of {len(source)} to {to}")
+        ctypes.memmove(to_address + to * size, from_address + first * size, blocks * size)
 
 
 class CudaCopies:
@@ -99,49 +234,101 @@ class CudaCopies:
 
     def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
         self._device = device
-        self._host = host
-        self._out: Any = torch.cuda.Stream(device.device)
-        self._in: Any = torch.cuda.Stream(device.device)
-        self._jobs: list[tuple[int, Any, Any]] = []
+        self._memory = _HostMemory(host)
+        self._pinned = None if host is None else _pin(host)
+        self._reports = _Reports()
         self._last = 0
+        self._out = _Direction(device.device, self._memory, self._reports)
+        self._in = _Direction(device.device, self._memory, self._reports)
 
-    def to_host(self, pairs: Seq[tuple[int, int]]) -> int:
-        host = _need(self._host)
-        return self._start(self._out, [(host[s], self._device[b]) for b, s in pairs])
+    def to_host(self, pairs: Pairs) -> int:
+        return self._start(self._out, self._device, self._memory.tensor, pairs, None)
 
-    def to_device(self, pairs: Seq[tuple[int, int]]) -> int:
-        host = _need(self._host)
+    def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
         # A slot is loaded only after its offload was reported, but a resumed request may be
         # loaded while its blocks' former copies drain: keep the directions in order.
-        self._in.wait_stream(self._out)
-        return self._start(self._in, [(self._device[b], host[s]) for s, b in pairs])
+        self._in.stream.wait_stream(self._out.stream)
+        return self._start(self._in, self._memory.tensor, self._device, pairs, expected)
 
-    def _start(self, stream: Any, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
-        stream.wait_stream(torch.cuda.current_stream(self._device.device))
-        begun, event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(stream):
-            begun.record(stream)
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
-            event.record(stream)
+    def _start(
+        self,
+        way: _Direction,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        pairs: Pairs,
+        expected: Seq[int | None] | None,
+    ) -> int:
+        way.stream.wait_stream(torch.cuda.current_stream(self._device.device))
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(way.stream):
+            begun.record(way.stream)
+            for first, to, blocks in runs(pairs):
+                target[to : to + blocks].copy_(source[first : first + blocks], non_blocking=True)
+            ended.record(way.stream)
         self._last += 1
-        self._jobs.append((self._last, begun, event))
+        way.worker.put(_CudaJob(self._last, list(pairs), begun, ended, expected))
         return self._last
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            done = [
-                CopyDone(job_id, None, begun.elapsed_time(event) / 1e3)
-                for job_id, begun, event in self._jobs
-                if event.query()
-            ]
-            if done or time.monotonic() >= deadline:
-                finished = {copy.job_id for copy in done}
-                self._jobs = [job for job in self._jobs if job[0] not in finished]
-                return done
-            time.sleep(_POLL_S)
+        return self._reports.poll(timeout_s)
 
     def close(self) -> None:
-        self._out.synchronize()
-        self._in.synchronize()
+        self._out.worker.close()
+        self._in.worker.close()
+        if self._pinned is not None:
+            _unpin(self._pinned)
+
+
+class _CudaJob(NamedTuple):
+    job_id: int
+    pairs: list[tuple[int, int]]
+    begun: Any
+    ended: Any
+    """Events with timing."""
+    expected: Seq[int | None] | None
+    """None on the way to the host."""
+
+
+class _Direction:
+    """A stream, and the thread that waits for what was put on it."""
+
+    def __init__(self, device: torch.device, memory: _HostMemory, reports: _Reports) -> None:
+        self.stream: Any = torch.cuda.Stream(device)
+        self.worker = _Worker(memory, reports, self._wait)
+        self._memory = memory
+
+    def _wait(self, job: _CudaJob) -> CopyDone:
+        corrupt: tuple[int, ...] = ()
+        try:
+            if job.expected is not None:
+                # Beside the copy, which only reads the same bytes.
+                corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+            job.ended.synchronize()
+            seconds = job.begun.elapsed_time(job.ended) / 1e3
+        except Exception as failure:  # reported, and the next job is still waited for
+            return CopyDone(job.job_id, failure, 0.0)
+        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
+
+
+def _pin(host: torch.Tensor) -> torch.Tensor | None:
+    """Page-lock the host memory in place, so that the copy engines reach it at full speed.
+
+    None when it is pinned already or cannot be: copies then work, at a fraction of the rate.
+    """
+    if host.is_pinned():
+        return None
+    size = host.numel() * host.element_size()
+    error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)  # type: ignore[attr-defined]
+    if int(error) != 0:
+        logger.warning(
+            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow; raise the "
+            "locked-memory limit (ulimit -l, in a container --ulimit memlock=-1)",
+            size / 2**30,
+            int(error),
+        )
+        return None
+    return host
+
+
+def _unpin(host: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[attr-defined]

@@ -146,8 +146,8 @@ class TorchExecutor:
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._copies.to_host(pairs)
 
-    def load(self, pairs: Seq[tuple[int, int]]) -> int:
-        return self._copies.to_device(pairs)
+    def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
+        return self._copies.to_device(pairs, expected)
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         return self._copies.poll(timeout_s)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from tokenflow.replicas.scheduler.cost import CostModel
-from tokenflow.replicas.scheduler.tracker import Tracker
+from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray, Tracker
 
 LOAD_FACTOR = 0.92
 """Share of the capacity that may be promised to readers; the rest covers prefills and switches."""
@@ -15,14 +16,33 @@ _FLOOR = 1.0
 """Least reference rate, tokens/s: under any load, an agent makes progress."""
 
 
-def capacity(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked of the device, beside what it can give."""
+
+    capacity: float
+    """Gamma, tokens/s; infinite while unknown."""
+    parked: int = 0
+    """Streams that are not promised their rate."""
+    overloaded: bool = False
+    """Whether readers ask for more than can be promised."""
+
+
+def capacity(
+    tracker: Tracker,
+    cost: CostModel,
+    kv_tokens: int,
+    max_num_seqs: int,
+    length: IntArray | FloatArray | None = None,
+) -> float:
     """Gamma, tokens/s: the rate at which the requests' remaining tokens can be made.
 
     Contexts grow until a request ends, and long contexts leave room for fewer sequences at once. So
-    it is taken at the context that the average remaining token will be made at. Infinite while
+    it is taken at the context that the average remaining token will be made at. `length`, shape
+    [len(tracker)]: tokens each output is expected to have, its limit if not given. Infinite while
     nothing is known. [TokenFlow §4.3]
     """
-    remaining = np.maximum(tracker.limit - tracker.generated, 1)
+    remaining = np.maximum((tracker.limit if length is None else length) - tracker.generated, 1)
     total = float(remaining.sum())
     if total <= 0:
         return math.inf
@@ -31,8 +51,40 @@ def capacity(tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: in
     return cost.capacity(together, context)
 
 
+def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
+    """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
+    arrival; the first one fits whatever it asks for. None when all fit. [TokenFlow §4.3]"""
+    rates = np.where(tracker.elastic, 0.0, tracker.rate)
+    if rates.sum() <= limit:
+        return None
+    order = tracker.by_arrival()
+    beyond = np.zeros(len(tracker), bool)
+    beyond[order] = np.cumsum(rates[order]) > limit
+    beyond[order[0]] = False
+    return beyond
+
+
+def assess(
+    tracker: Tracker,
+    cost: CostModel,
+    kv_tokens: int,
+    max_num_seqs: int,
+    length: IntArray | FloatArray | None = None,
+) -> Load:
+    """The load under a policy that promises nothing itself."""
+    gamma = capacity(tracker, cost, kv_tokens, max_num_seqs, length)
+    beyond = unpromised(tracker, LOAD_FACTOR * gamma)
+    if beyond is None:
+        return Load(gamma)
+    return Load(gamma, int(np.count_nonzero(beyond)), overloaded=True)
+
+
 def reference_rate(
-    tracker: Tracker, cost: CostModel, kv_tokens: int, max_num_seqs: int
+    tracker: Tracker,
+    cost: CostModel,
+    kv_tokens: int,
+    max_num_seqs: int,
+    length: IntArray | FloatArray | None = None,
 ) -> float | None:
     """The rate, tokens/s, that each consumer who takes all it can get is to be served at: an equal
     share of what the readers leave. None while the capacity is unknown.
@@ -40,7 +92,7 @@ def reference_rate(
     It rises to what one stream can be given when there is headroom; under load it falls to a floor,
     so that what such a stream has already got looks like a long buffer, and it makes room first.
     """
-    everything = capacity(tracker, cost, kv_tokens, max_num_seqs)
+    everything = capacity(tracker, cost, kv_tokens, max_num_seqs, length)
     count = int(np.count_nonzero(tracker.elastic))
     if math.isinf(everything) or not count:
         return None

@@ -75,7 +75,7 @@ class FCFSPolicy:
 
     def _admit(self, view: View, running: IntArray, free: int, plan: Plan) -> IntArray:
         tracker = view.tracker
-        expected = int((self._later_blocks(view, running) - tracker.blocks[running]).clip(0).sum())
+        expected = int((self._later_blocks(view, running) - tracker.held[running]).clip(0).sum())
         waiting = view.waiting()[: view.max_num_seqs - view.on_device()]
         admitted: list[int] = []
         needs, laters = view.blocks_needed(waiting), self._later_blocks(view, waiting)

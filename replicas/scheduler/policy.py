@@ -13,7 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from tokenflow.replicas.request import Sequence, State
+from tokenflow.replicas.scheduler.capacity import Load
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 
 
@@ -46,6 +48,7 @@ class View:
     max_batch_tokens: int
     """Token budget of one step."""
     cost: CostModel
+    lengths: OutputLengths = field(default_factory=OutputLengths)
     overlap: bool = True
     """Whether the copied blocks of a victim are free while the others are still being copied."""
 
@@ -56,16 +59,11 @@ class View:
 
     def waiting(self) -> IntArray:
         """Rows without KV anywhere, in order of arrival."""
-        rows = self.tracker.rows(State.WAITING)
-        if len(rows) < 2:
-            return rows
-        tracker = self.tracker
-        return rows[np.lexsort((tracker.order[rows], tracker.arrival_s[rows]))]
+        return self.tracker.waiting()
 
     def running(self) -> IntArray:
         """Rows on the device, in the order they came onto it."""
-        rows = self.tracker.rows(State.RUNNING)
-        return rows[np.argsort(self.tracker.entered[rows])]
+        return self.tracker.running()
 
     def on_device(self) -> int:
         """Sequences that hold a place on the device."""
@@ -81,21 +79,24 @@ class View:
         return -(-tokens // self.block_size)
 
     def blocks_needed(self, rows: IntArray) -> IntArray:
-        """Blocks each takes to come onto the device: all its tokens and the next one."""
-        blocks: IntArray = self.tracker.context[rows] // self.block_size + 1
+        """Blocks each takes to come onto the device: all its tokens and the next one, less what
+        others hold of its text."""
+        tracker = self.tracker
+        blocks: IntArray = tracker.context[rows] // self.block_size + 1 - tracker.shared[rows]
         return blocks
 
     def growth(self, rows: IntArray) -> IntArray:
         """Blocks each running one lacks for its next step."""
         tracker = self.tracker
         filled = (tracker.context[rows] - 1) // self.block_size + 1
-        growth: IntArray = np.maximum(filled - tracker.blocks[rows], 0)
+        growth: IntArray = np.maximum(filled - tracker.held[rows], 0)
         return growth
 
     def released_now(self, rows: IntArray) -> IntArray:
         """Blocks that are free as soon as each is preempted for offload."""
         tracker = self.tracker
-        released: IntArray = np.minimum(tracker.synced[rows], tracker.blocks[rows])
+        synced = np.maximum(tracker.synced[rows] - tracker.shared[rows], 0)
+        released: IntArray = np.minimum(synced, tracker.blocks[rows])
         if not self.overlap:
             released = np.where(tracker.synced[rows] < self._filled(rows), 0, released)
         return released
@@ -123,6 +124,8 @@ class Plan:
     """Waiting or dropped sequences to bring onto the device, with blocks for all their tokens."""
     batch: list[tuple[Sequence, int]] = field(default_factory=list)
     """(running sequence, tokens of it in this step)."""
+    load: Load | None = None
+    """What the policy knows of the load, for the metrics; None when it does not look at it."""
 
 
 class Policy(Protocol):

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, Load, capacity, unpromised
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -50,9 +50,11 @@ class SlackParams:
     margin_s: float = 1.0
     refill: float = 0.25
     """Share of the useful buffer that must be missing before a stream displaces a held one."""
-    late_margin: float = 1.5
-    """A stream is late when this many times its own remaining steps outlast the remaining work."""
+    late_reserve: float = 0.5
+    """A stream is late when its own remaining steps, and this share of them again for the times
+    that it cannot run, outlast the remaining work."""
     load_factor: float = LOAD_FACTOR
+    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -78,8 +80,9 @@ class _Outlook:
     def __init__(self, params: SlackParams, view: View, running: IntArray, now: float) -> None:
         tracker = view.tracker
         self.slack: FloatArray = tracker.due_s - now
-        self.remaining: IntArray = tracker.limit - tracker.generated
-        useful = FULL_WEIGHT_SHARE * tracker.limit
+        self.length = length = view.lengths.expected(tracker.limit, tracker.generated)
+        self.remaining: IntArray | FloatArray = length - tracker.generated
+        useful = FULL_WEIGHT_SHARE * length
         room = useful - np.maximum(self.slack, 0.0) * tracker.rate
         self.hungry: BoolArray = room >= params.refill * useful
         """Lacks enough of its useful buffer to be worth a switch."""
@@ -87,25 +90,16 @@ class _Outlook:
         """Its next token counts in full."""
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
-        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs)
+        gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
+        self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        self._park(params, view, gamma)
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gamma)
+        if parked is not None:
+            self.parked = parked
+            self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
-
-    def _park(self, params: SlackParams, view: View, gamma: float) -> None:
-        """Rule 4. [TokenFlow §4.3]"""
-        tracker = view.tracker
-        rates = np.where(tracker.elastic, 0.0, tracker.rate)
-        limit = params.load_factor * gamma
-        if rates.sum() <= limit:
-            return
-        order = np.lexsort((tracker.order, tracker.arrival_s))
-        self.parked = np.zeros(len(tracker), bool)
-        self.parked[order] = np.cumsum(rates[order]) > limit
-        # The first one is served whatever it asks for.
-        self.parked[order[0]] = False
 
     def _look_ahead(self, p: SlackParams, view: View, running: IntArray, gamma: float) -> None:
         """Rule 3: who runs ahead of its reader, and who is late."""
@@ -125,14 +119,17 @@ class _Outlook:
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
-            longest = np.argsort(-tracker.limit, kind="stable")
+            if self.length is tracker.limit:
+                longest = tracker.longest_first()
+            else:
+                longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         alone_s = self.remaining * step_s
         work_s = float(self.remaining.sum()) / gamma
         ahead |= alone_s >= work_s
         entitled = ahead | self.hungry
         entitled[running] |= self.gains[running]
-        self.late = entitled & (alone_s * p.late_margin >= work_s)
+        self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead
 
@@ -146,20 +143,31 @@ class _Victim(NamedTuple):
     """Blocks free at once."""
     slots: int
     """Host slots it still needs."""
-    slack_s: float
-    gains: bool
 
 
-def _victims(view: View, rows: IntArray, outlook: _Outlook) -> list[_Victim]:
-    columns = (
-        rows,
-        view.tracker.blocks[rows],
-        view.released_now(rows),
-        view.slots_to_offload(rows),
-        outlook.slack[rows],
-        outlook.gains[rows],
-    )
-    return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
+class _Victims:
+    """Streams that can leave, the first in line first; each is looked at closely when it goes."""
+
+    def __init__(self, view: View, rows: IntArray, outlook: _Outlook) -> None:
+        self.view = view
+        self.rows: list[int] = rows.tolist()
+        self.blocks: list[int] = view.tracker.blocks[rows].tolist()
+        self.slack_s: list[float] = outlook.slack[rows].tolist()
+        self.gains: list[bool] = outlook.gains[rows].tolist()
+
+    def take(self, chosen: list[int]) -> list[_Victim]:
+        """Those at these places, ascending, who are in line no more."""
+        rows = np.array([self.rows[i] for i in chosen], np.int64)
+        columns = (
+            rows,
+            self.view.tracker.blocks[rows],
+            self.view.released_now(rows),
+            self.view.slots_to_offload(rows),
+        )
+        for i in reversed(chosen):
+            for column in (self.rows, self.blocks, self.slack_s, self.gains):
+                del column[i]
+        return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
 
 
 class _Pass:
@@ -174,12 +182,15 @@ class _Pass:
         self.waiting = view.waiting()
         self.preempted = view.tracker.rows(State.PREEMPTED)
         self.context = view.tracker.context
+        self.pending = self.context - view.tracker.computed
+        """Tokens without KV: 1 for a decoding stream."""
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
         """Blocks of earlier victims that are still being copied out."""
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
+        self.plan.load = self.outlook.load
 
     def run(self) -> Plan:
         self._make_room_for_growth()
@@ -193,7 +204,7 @@ class _Pass:
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
         tracker, cost = self.tracker, self.view.cost
-        decoding = self.context[rows] - tracker.computed[rows] == 1
+        decoding = self.pending[rows] == 1
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
@@ -209,8 +220,7 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        prefilling = self.context[rows] - tracker.computed[rows] > 1
-        runs = self.outlook.gains[rows] | prefilling | tracker.elastic[rows]
+        runs = self.outlook.gains[rows] | (self.pending[rows] > 1) | tracker.elastic[rows]
         return rows[runs] if runs.any() else rows
 
     # -- who leaves -----------------------------------------------------------------------------
@@ -232,7 +242,8 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                self._preempt(_victims(self.view, running[i : i + 1], self.outlook)[0])
+                leaving = _Victims(self.view, running[i : i + 1], self.outlook)
+                self._preempt(leaving.take([0])[0])
             # Until the blocks of the victims have been copied, the fullest sit out.
             left = max(self.free - need, 0)
             self.coming_free -= max(need - self.free, 0)
@@ -248,59 +259,61 @@ class _Pass:
             self.free -= need
 
     def _preempt(self, victim: _Victim) -> None:
-        how = Preempt.OFFLOAD if victim.slots <= self.host_free else Preempt.RECOMPUTE
+        how = Preempt.RECOMPUTE
         released = victim.blocks
-        if how is Preempt.OFFLOAD:
+        if victim.slots <= self.host_free:
+            how = Preempt.OFFLOAD
             self.host_free -= victim.slots
             released = victim.released
+        elif self.tracker.synced[victim.row]:
+            # Without room for the rest it still keeps what the host has.
+            how = Preempt.OFFLOAD
         self.free += released
         self.coming_free += victim.blocks - released
         self.on_device -= 1
         self.plan.preempt.append((self.tracker.sequences[victim.row], how))
 
-    def _expendable(self) -> list[_Victim]:
+    def _expendable(self) -> _Victims:
         """Streams that can leave unnoticed, the most slack first."""
         rows, tracker, cost = self.running, self.tracker, self.view.cost
         slack = self.outlook.slack[rows]
         leaves = slack > self.p.victim_slack_s
         leaves &= tracker.resident[rows] >= self.p.min_residency_tokens
-        leaves &= self.context[rows] - tracker.computed[rows] == 1
+        leaves &= self.pending[rows] == 1
         leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]
         unsynced = blocks - self.view.released_now(rows)
         leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
         rows = rows[leaves]
-        return _victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
+        return _Victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
 
-    def _evict_for(
-        self, row: int, blocks: int, only_held: bool, victims: list[_Victim]
-    ) -> list[int]:
+    def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
         missing = blocks - self.free - self.coming_free
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
-        chosen: list[_Victim] = []
-        for victim in victims:
+        chosen: list[int] = []
+        for i, gains in enumerate(victims.gains):
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if victim.gains and (only_held or victim.slack_s < floor):
+            if gains and (only_held or victims.slack_s[i] < floor):
                 continue
-            chosen.append(victim)
-            missing -= victim.blocks
-        if missing > 0 or (needs_place and not chosen):
+            chosen.append(i)
+            missing -= victims.blocks[i]
+        if not chosen or missing > 0:
             return []
-        for victim in chosen:
-            victims.remove(victim)
+        leaving = victims.take(chosen)
+        for victim in leaving:
             self._preempt(victim)
-        return [victim.row for victim in chosen]
+        return [victim.row for victim in leaving]
 
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
         view, tracker = self.view, self.tracker
-        victims: list[_Victim] | None = None
+        victims: _Victims | None = None
         gone: set[int] = set()
         admitted: list[int] = []
         for row, need, only_held in self._candidates():
@@ -310,16 +323,19 @@ class _Pass:
                 blocks += view.blocks_for(growing * self.p.growth_steps)
                 if not tracker.generated[row]:
                     blocks += self._start_headroom(row, admitted)
+            seq = tracker.sequences[row]
+            # Loads begin in the blocks that are free while others are still being copied out.
+            loads = seq.state is State.PREEMPTED and view.overlap
             if not self._fits(blocks):
                 if victims is None:
                     victims = self._expendable()
                 gone.update(self._evict_for(row, blocks, only_held, victims))
-            if not self._fits(blocks):
+            if not self._fits(blocks, self.coming_free if loads else 0):
                 # Whoever is first in line keeps its place until the blocks are there.
                 break
-            self.free -= need
+            self.coming_free -= max(need - self.free, 0)
+            self.free = max(self.free - need, 0)
             self.on_device += 1
-            seq = tracker.sequences[row]
             if seq.state is State.PREEMPTED:
                 self.plan.resume.append(seq)
             else:
@@ -339,8 +355,8 @@ class _Pass:
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 
-    def _fits(self, blocks: int) -> bool:
-        return self.on_device < self.view.max_num_seqs and self.free >= blocks
+    def _fits(self, blocks: int, coming: int = 0) -> bool:
+        return self.on_device < self.view.max_num_seqs and self.free + coming >= blocks
 
     def _candidates(self) -> Iterator[tuple[int, int, bool]]:
         """Who should come onto the device, most urgent first: (row, blocks it takes, whether it may
@@ -351,10 +367,11 @@ class _Pass:
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
         yield from self._in_turn(rows[urgent])
-        begun = self.tracker.generated[waiting] > 0
-        for group in (waiting[begun], waiting[~begun]):
-            needs = view.blocks_needed(group).tolist()
-            yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
+        if len(waiting):
+            begun = self.tracker.generated[waiting] > 0
+            for group in (waiting[begun], waiting[~begun]):
+                needs = view.blocks_needed(group).tolist()
+                yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
         yield from self._in_turn(rows[late & ~urgent])
         hungry = outlook.hungry[rows] & ~urgent & ~late
         yield from self._in_turn(rows[hungry & ~parked], only_held=True)
@@ -367,6 +384,8 @@ class _Pass:
         self, rows: IntArray, *, only_held: bool = False
     ) -> Iterator[tuple[int, int, bool]]:
         """Least slack first; among those who have nothing, whoever came first."""
+        if not len(rows):
+            return
         if len(rows) > 1:
             rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
         for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):

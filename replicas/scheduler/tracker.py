@@ -23,7 +23,8 @@ CODES = {state: code for code, state in enumerate(State)}
 # Columns that change while a request lives, and where they come from.
 _INTS = {
     "computed": "num_computed",
-    "blocks": "num_blocks",
+    "held": "num_blocks",
+    "shared": "shared_blocks",
     "synced": "synced_blocks",
     "resident": "resident_tokens",
     "entered": "entered",
@@ -52,9 +53,16 @@ class Tracker:
             self._columns[name] = np.zeros(capacity, dtype)
         self._added = 0
         self._changed: dict[Sequence, None] = {}
+        # Derived from the columns when first asked for: until any of them changes, until somebody
+        # changes place, and until a row comes or goes.
         self._context: IntArray | None = None
+        self._alone: IntArray | None = None
         self._rows: dict[State, IntArray] = {}
-        """Derived from the columns when first asked for, until they change."""
+        self._running: IntArray | None = None
+        self._waiting: IntArray | None = None
+        self._views: dict[str, NDArray[np.generic]] = {}
+        self._by_arrival: IntArray | None = None
+        self._longest_first: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -75,7 +83,7 @@ class Tracker:
         self._columns["limit"][row] = seq.params.max_tokens
         self._added += 1
         self.touch(seq)
-        self._forget()
+        self._forget_rows()
 
     def remove(self, seq: Sequence) -> None:
         """Drop the row of `seq`. Raises ValueError when it has none."""
@@ -90,10 +98,15 @@ class Tracker:
         del self.sequences[last]
         seq.row = -1
         self._changed.pop(seq, None)
-        self._forget()
+        self._forget_rows()
 
-    def _forget(self) -> None:
-        self._context = None
+    def _forget_rows(self) -> None:
+        self._context = self._alone = self._by_arrival = self._longest_first = None
+        self._views.clear()
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        self._running = self._waiting = None
         self._rows.clear()
 
     def touch(self, seq: Sequence) -> None:
@@ -108,6 +121,7 @@ class Tracker:
         n = len(seqs)
         rows = np.fromiter(map(attrgetter("row"), seqs), np.int64, n)
         columns = self._columns
+        state, entered = columns["state"][rows], columns["entered"][rows]
         for name, attribute in _INTS.items():
             columns[name][rows] = np.fromiter(map(attrgetter(attribute), seqs), np.int64, n)
         columns["generated"][rows] = [len(seq.output_ids) for seq in seqs]
@@ -117,16 +131,25 @@ class Tracker:
         columns["rate"][rows] = [seq.playback.rate for seq in seqs]
         columns["due_s"][rows] = [seq.playback.due_s for seq in seqs]
         seqs.clear()
-        self._forget()
+        self._context = self._alone = None
+        moved = state != columns["state"][rows]
+        # Preempted and back within one step: the same state, another place in the order.
+        moved |= entered != columns["entered"][rows]
+        if moved.any():
+            self._forget_places()
 
     # -- the policies' side ---------------------------------------------------------------------
 
     def _ints(self, name: str) -> IntArray:
-        column: IntArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view(name)  # type: ignore[return-value]
 
     def _floats(self, name: str) -> FloatArray:
-        column: FloatArray = self._columns[name][: len(self.sequences)]  # type: ignore[assignment]
+        return self._view(name)  # type: ignore[return-value]
+
+    def _view(self, name: str) -> NDArray[np.generic]:
+        column = self._views.get(name)
+        if column is None:
+            column = self._views[name] = self._columns[name][: len(self.sequences)]
         return column
 
     @property
@@ -151,8 +174,7 @@ class Tracker:
     @property
     def elastic(self) -> BoolArray:
         """Whether the consumer is no reader; its rate is then a reference that the engine moves."""
-        column: BoolArray = self._columns["elastic"][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view("elastic")  # type: ignore[return-value]
 
     @property
     def limit(self) -> IntArray:
@@ -173,13 +195,27 @@ class Tracker:
 
     @property
     def computed(self) -> IntArray:
-        """Tokens whose KV exists."""
+        """Tokens whose KV exists; of a waiting request, those a cache on the device has."""
         return self._ints("computed")
 
     @property
     def blocks(self) -> IntArray:
-        """Device blocks held."""
-        return self._ints("blocks")
+        """Device blocks it holds alone: free when it leaves."""
+        if self._alone is None:
+            held = np.maximum(self._ints("held") - self._ints("shared"), 0)
+            self._alone = held
+        return self._alone
+
+    @property
+    def held(self) -> IntArray:
+        """Device blocks it holds, alone or with others."""
+        return self._ints("held")
+
+    @property
+    def shared(self) -> IntArray:
+        """Leading blocks of its text that others hold; it takes, or has taken, no memory for
+        them."""
+        return self._ints("shared")
 
     @property
     def synced(self) -> IntArray:
@@ -204,8 +240,7 @@ class Tracker:
     @property
     def state(self) -> NDArray[np.int8]:
         """Codes of CODES."""
-        column: NDArray[np.int8] = self._columns["state"][: len(self.sequences)]  # type: ignore[assignment]
-        return column
+        return self._view("state")  # type: ignore[return-value]
 
     @staticmethod
     def code(state: State) -> int:
@@ -217,6 +252,32 @@ class Tracker:
         if rows is None:
             rows = self._rows[state] = np.flatnonzero(self.state == CODES[state])
         return rows
+
+    def running(self) -> IntArray:
+        """Rows on the device, in the order they came onto it."""
+        if self._running is None:
+            rows = self.rows(State.RUNNING)
+            self._running = rows[np.argsort(self.entered[rows])]
+        return self._running
+
+    def waiting(self) -> IntArray:
+        """Rows without KV anywhere, in order of arrival."""
+        if self._waiting is None:
+            rows = self.rows(State.WAITING)
+            self._waiting = rows[np.lexsort((self.order[rows], self.arrival_s[rows]))]
+        return self._waiting
+
+    def by_arrival(self) -> IntArray:
+        """All rows, in order of arrival."""
+        if self._by_arrival is None:
+            self._by_arrival = np.lexsort((self.order, self.arrival_s))
+        return self._by_arrival
+
+    def longest_first(self) -> IntArray:
+        """All rows, the highest limit first."""
+        if self._longest_first is None:
+            self._longest_first = np.argsort(-self.limit, kind="stable")
+        return self._longest_first
 
     def count(self, state: State) -> int:
         return len(self.rows(state))

@@ -11,7 +11,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from tokenflow.loadgen.metrics import percentile
-from tokenflow.replicas.simulator.hardware import Roofline
+from tokenflow.replicas.simulator.hardware import Floor
+from tokenflow.replicas.simulator.paced import paced_effective_tok_s
 from tokenflow.replicas.simulator.run import Machine
 from tokenflow.replicas.simulator.workload import Arrival
 
@@ -32,27 +33,31 @@ class Bounds:
     raw_tok_s: float
     effective_tok_s: float
     """Every token useful, and readers no faster than they are."""
+    paced_effective_tok_s: float
+    """Further, no token made long before its reader has use for it (paced.py)."""
 
 
 def bounds(machine: Machine, arrivals: Seq[Arrival]) -> Bounds:
-    """The bounds of a workload. Raises ValueError without requests, TypeError for another cost
-    model than the roofline."""
+    """The bounds of a workload. Raises ValueError without requests."""
     if not arrivals:
         raise ValueError("no requests")
-    if not isinstance(machine.cost, Roofline):
-        raise TypeError("bounds are known for the roofline model only")
     ttfts = _prefill_alone(machine, sorted(arrivals, key=lambda a: a.at_s))
     begun = min(a.at_s for a in arrivals)
-    duration = max(
-        _device_time(machine, machine.cost, arrivals), max(a.at_s for a in arrivals) - begun
+    device_s, floor = max(
+        ((_device_time(machine, f, arrivals), f) for f in machine.cost.floors()),
+        key=lambda pair: pair[0],
     )
+    duration = max(device_s, max(a.at_s for a in arrivals) - begun)
     tokens = sum(a.output_tokens for a in arrivals)
     return Bounds(
         ttft_mean_s=sum(ttfts) / len(ttfts),
         ttft_p99_s=percentile(ttfts, 99),
         duration_s=duration,
         raw_tok_s=tokens / duration,
-        effective_tok_s=_effective(arrivals, begun, duration),
+        effective_tok_s=(effective := _effective(arrivals, begun, duration)),
+        paced_effective_tok_s=min(
+            effective, paced_effective_tok_s(arrivals, floor, machine.kv_tokens, duration)
+        ),
     )
 
 
@@ -81,7 +86,7 @@ def _prefill_alone(machine: Machine, arrivals: Seq[Arrival]) -> list[float]:
     return ttfts
 
 
-def _device_time(machine: Machine, cost: Roofline, arrivals: Seq[Arrival]) -> float:
+def _device_time(machine: Machine, floor: Floor, arrivals: Seq[Arrival]) -> float:
     """Least seconds for all decode steps and prefills.
 
     The KV a decode reads is fixed by the work; the weights are read once a step, and no step holds
@@ -91,18 +96,16 @@ def _device_time(machine: Machine, cost: Roofline, arrivals: Seq[Arrival]) -> fl
         a.output_tokens * a.prompt_tokens + a.output_tokens * (a.output_tokens - 1) / 2
         for a in arrivals
     )
+    tokens = sum(a.output_tokens for a in arrivals)
     steps = max(
         contexts / machine.kv_tokens,
-        sum(a.output_tokens for a in arrivals) / machine.max_num_seqs,
+        tokens / machine.max_num_seqs,
         float(max(a.output_tokens for a in arrivals)),
     )
-    model = cost.model
-    bandwidth = cost.gpu.hbm_gb_s * 1e9 * cost.memory_efficiency
-    moved = steps * model.weight_bytes + contexts * machine.layout.token_bytes
-    tokens = sum(a.prompt_tokens + a.output_tokens for a in arrivals)
-    flops = 2 * model.parameters * tokens
-    rate = cost.gpu.bf16_tflops * 1e12 * cost.compute_efficiency
-    return steps * cost.overhead_s + max(moved / bandwidth, flops / rate)
+    # The first token comes out of the prefill.
+    prompts = sum(a.prompt_tokens for a in arrivals)
+    seconds = steps * floor.step_s + floor.decode_s * (tokens - len(arrivals))
+    return seconds + floor.context_s * (contexts - prompts) + floor.prompt_s * prompts
 
 
 def _readable(arrival: Arrival, until_s: float) -> float:

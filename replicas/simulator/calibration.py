@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.executor.base import KVLayout
 from tokenflow.replicas.simulator.fitting import fit, mean_over_typical
+from tokenflow.replicas.simulator.hardware import Floor
 from tokenflow.replicas.simulator.probe import Observations
 from tokenflow.replicas.simulator.recording import Copy, Step
 from tokenflow.replicas.simulator.run import Machine
@@ -83,6 +84,17 @@ class CalibratedCost:
         decodes, chunks = list(decode_contexts), list(prefills)
         own = self.overhead.step_s + self.overhead.sequence_s * (len(decodes) + len(chunks))
         return self.stretch * self.execute_s(decodes, chunks) + own
+
+    def floors(self) -> tuple[Floor, ...]:
+        """All but what prompts take beyond their number; no context is padded."""
+        stretch = self.stretch
+        floor = Floor(
+            stretch * self.fixed_s + self.overhead.step_s,
+            stretch * self.decode_s + self.overhead.sequence_s,
+            stretch * (self.context_s + self.padded_s),
+            stretch * self.prefill_s,
+        )
+        return (floor,)
 
 
 def features(

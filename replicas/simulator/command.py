@@ -8,8 +8,9 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -27,8 +28,10 @@ from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 from tokenflow.replicas.simulator import plots
 from tokenflow.replicas.simulator.bounds import Bounds, bounds
+from tokenflow.replicas.simulator.calibration import Calibration
 from tokenflow.replicas.simulator.jobs import Job, Run, results
-from tokenflow.replicas.simulator.replay import Replay, parse_machine
+from tokenflow.replicas.simulator.replay import Replay, parse_machine, replay_machine
+from tokenflow.replicas.simulator.run import Machine
 from tokenflow.replicas.simulator.settings import SETTINGS, Setting
 
 _SETTING: dict[str, Any] = {"setting": "rtx4090-a", "duration": 60.0}
@@ -39,6 +42,14 @@ _TRACE: dict[str, Any] = {
     "memory_fraction": 0.9,
 }
 """What flags are when they are not given: without a trace, and with one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A workload and the machine it runs on under each policy."""
+
+    workload: Setting | Replay
+    machine: Callable[[str], Machine]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="20",
         metavar="R[@SHARE],...",
         help="reading speeds in tokens/s with their shares, as 15@0.4,20@0.6; max = no reader (20)",
+    )
+    add(
+        "--limit-factor",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="requests may have X times the tokens that they end with (1)",
     )
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
     add("--seed-base", type=int, default=1, metavar="N", help="the first of them (1)")
@@ -84,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--machine",
-        metavar="GPU:MODEL",
-        help=f"what the trace is replayed on ({_TRACE['machine']})",
+        metavar="GPU:MODEL|FILE",
+        help=f"what the trace is replayed on ({_TRACE['machine']}); or, for settings too, what "
+        "`tokenflow calibrate` wrote to FILE",
     )
     add(
         "--memory-fraction",
@@ -121,6 +140,8 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
         raise ConfigError(f"--seeds must be at least 1, got {args.seeds}.")
     if args.seed_base < 0:
         raise ConfigError(f"--seed-base must be at least 0, got {args.seed_base}.")
+    if not 1 <= args.limit_factor <= 1000:
+        raise ConfigError(f"--limit-factor must be between 1 and 1000, got {args.limit_factor}.")
     if args.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {args.jobs}.")
     if args.duration is not None and not 1 <= args.duration <= 86_400:
@@ -147,9 +168,10 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
                 own.append(done)
                 if data is not None:
                     drawn[done.policy] = data
-            console.print(table(case.name, own))
+            name = case.workload.name
+            console.print(table(name, own))
             if folder is not None:
-                write_plots(folder, case.name, drawn, own[0].bounds)
+                write_plots(folder, name, drawn, own[0].bounds)
             runs += own
     if folder is not None:
         write_effective(folder / "effective.svg", runs)
@@ -158,11 +180,16 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
     return 0
 
 
-def _cases(args: argparse.Namespace, console: Console) -> list[Setting] | list[Replay]:
+def _cases(args: argparse.Namespace, console: Console) -> list[Case]:
     """What is to be run. Fills in the flags that were not given."""
+    calibration = None
+    if args.machine is not None and Path(args.machine).suffix == ".json":
+        calibration = Calibration.load(args.machine)
+        if args.memory_fraction is not None:
+            raise ConfigError("--memory-fraction is part of the calibration; leave it out.")
     if args.trace is None:
         for name in _TRACE:
-            if getattr(args, name) is not None:
+            if getattr(args, name) is not None and not (name == "machine" and calibration):
                 raise ConfigError(f"--{name.replace('_', '-')} needs --trace.")
     elif args.setting is not None:
         raise ConfigError("--setting and --trace exclude each other; leave one out.")
@@ -170,29 +197,45 @@ def _cases(args: argparse.Namespace, console: Console) -> list[Setting] | list[R
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.trace is None:
-        return [SETTINGS[name] for name in _names("--setting", args.setting, SETTINGS)]
+        settings = [SETTINGS[name] for name in _names("--setting", args.setting, SETTINGS)]
+        if calibration is not None:
+            return [Case(setting, calibration.machine) for setting in settings]
+        return [_fixed(setting, setting.machine()) for setting in settings]
     if not 0 < args.memory_fraction <= 1:
         raise ConfigError(
             f"--memory-fraction must be above 0 and at most 1, got {args.memory_fraction}."
         )
-    gpu, model = parse_machine(args.machine)
     trace = load_trace(
         args.trace,
         start_s=args.trace_start,
         duration_s=math.inf if args.duration is None else args.duration,
         time_scale=args.time_scale,
     )
-    replay = Replay(args.trace, trace.rows, gpu, model, args.memory_fraction)
+    replay = Replay(args.trace, trace.rows)
+    if calibration is not None:
+        case = Case(replay, calibration.machine)
+        where, kv_tokens = args.machine, calibration.kv_tokens
+    else:
+        gpu, model = parse_machine(args.machine)
+        machine = replay_machine(gpu, model, args.memory_fraction)
+        case = _fixed(replay, machine)
+        where, kv_tokens = f"{gpu.name} with {model.name}", machine.kv_tokens
+    replay.check(kv_tokens, where)
     console.print(
         f"{len(trace.rows)} requests of {args.trace} ({trace.failed} that failed are left out) "
-        f"on {gpu.name} with {model.name}: {replay.machine().kv_tokens} KV tokens",
+        f"on {where}: {kv_tokens} KV tokens",
         markup=False,
     )
-    return [replay]
+    return [case]
+
+
+def _fixed(workload: Setting | Replay, machine: Machine) -> Case:
+    """The same machine whatever the policy."""
+    return Case(workload, lambda _: machine)
 
 
 def _jobs(
-    case: Setting | Replay,
+    case: Case,
     policies: Seq[str],
     seed: int,
     rates: Seq[tuple[float, float]],
@@ -200,20 +243,37 @@ def _jobs(
     plotted: bool,
 ) -> list[Job]:
     """The runs of a case with one seed; those of the first are plotted."""
-    arrivals = case.arrivals(seed, rates, args.duration)
+    name = case.workload.name
+    arrivals = case.workload.arrivals(seed, rates, args.duration)
     if not arrivals:
-        raise ConfigError(f"{case.name}: no request arrives in {args.duration:g} s.")
-    machine = case.machine()
-    limit = bounds(machine, arrivals)
+        raise ConfigError(f"{name}: no request arrives in {args.duration:g} s.")
+    longest = max(a.prompt_tokens + a.output_tokens for a in arrivals)
+    machines = [case.machine(policy) for policy in policies]
+    if longest > machines[0].kv_tokens:
+        raise ConfigError(
+            f"{name}: a request of {longest} tokens does not fit into the "
+            f"{machines[0].kv_tokens} KV tokens of {args.machine}."
+        )
+    arrivals = [
+        replace(
+            a,
+            max_tokens=min(
+                round(args.limit_factor * a.output_tokens),
+                machines[0].kv_tokens - a.prompt_tokens,
+            ),
+        )
+        for a in arrivals
+    ]
+    limits = {machine: bounds(machine, arrivals) for machine in machines}
     first = seed == args.seed_base
     return [
-        Job(case.name, policy, seed, machine, arrivals, limit, plotted and first)
-        for policy in policies
+        Job(name, policy, seed, machine, arrivals, limits[machine], plotted and first)
+        for policy, machine in zip(policies, machines, strict=True)
     ]
 
 
 def table(title: str, runs: Seq[Run]) -> Table:
-    """The policies of one setting, means over the seeds, each with its fraction of the bound."""
+    """The policies of one setting, means over the seeds, each with its fraction of the bounds."""
     shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     spread = len({r.seed for r in runs}) > 1
     headings = ["effective\ntok/s", "raw\ntok/s", "TTFT\nmean, s", "TTFT\nP99, s"]
@@ -232,7 +292,9 @@ def table(title: str, runs: Seq[Run]) -> Table:
         f"{mean(b.ttft_p99_s for b in limits):.2f}",
         "0",
         "0",
-        end_section=True,
+    )
+    shown.add_row(
+        "paced bound", f"{mean(b.paced_effective_tok_s for b in limits):.0f}", end_section=True
     )
     for policy in dict.fromkeys(r.policy for r in runs):
         own = [r for r in runs if r.policy == policy]
@@ -241,11 +303,12 @@ def table(title: str, runs: Seq[Run]) -> Table:
             return mean(r.figures[key] for r in own)
 
         effective = mean(r.figures["effective_tok_s"] / r.bounds.effective_tok_s for r in own)
+        paced = mean(r.figures["effective_tok_s"] / r.bounds.paced_effective_tok_s for r in own)
         raw = mean(r.figures["raw_tok_s"] / r.bounds.raw_tok_s for r in own)
         seen = [r.figures["effective_tok_s"] for r in own]
         shown.add_row(
             policy,
-            f"{average('effective_tok_s'):.0f} ({effective:.2f})",
+            f"{average('effective_tok_s'):.0f} ({effective:.2f}, {paced:.2f})",
             *([f"{min(seen):.0f}-{max(seen):.0f}"] if spread else []),
             f"{average('raw_tok_s'):.0f} ({raw:.2f})",
             f"{average('ttft_mean_s'):.2f}",
@@ -341,10 +404,22 @@ def write_json(path: str, args: argparse.Namespace, runs: Seq[Run]) -> None:
     """All runs with what made them. Raises ConfigError when the file cannot be written."""
     arguments = {
         key: getattr(args, key)
-        for key in ("setting", "trace", "policy", "rates", "param", "engine", "duration", *_TRACE)
+        for key in (
+            "setting",
+            "trace",
+            "policy",
+            "rates",
+            "limit_factor",
+            "param",
+            "engine",
+            "duration",
+            *_TRACE,
+        )
     }
     if args.trace is not None:
         arguments["trace"] = Path(args.trace).name
+    if args.machine is not None:
+        arguments["machine"] = Path(args.machine).name
     report: dict[str, Any] = {
         "arguments": arguments,
         "seeds": sorted({r.seed for r in runs}),

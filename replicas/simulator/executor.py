@@ -12,9 +12,10 @@ from typing import Any
 
 from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
 from tokenflow.replicas.simulator.hardware import StepCost
+from tokenflow.replicas.transfers import Commit
 
-TOKEN = 1
-"""Every simulated token."""
+TOKEN, END = 1, 0
+"""Every simulated token, and the last one of an output that ends before its limit."""
 
 
 class VirtualClock:
@@ -51,7 +52,8 @@ class _Channel:
 
 
 class SimExecutor:
-    """See the module; implements `Executor`. `link_gb_s` is each direction's rate."""
+    """See the module; implements `Executor`. `link_gb_s` is each direction's rate, `lengths` the
+    tokens of the output of each request, which its seed is the index of."""
 
     vocab_size = 32
 
@@ -63,12 +65,14 @@ class SimExecutor:
         num_blocks: int,
         *,
         link_gb_s: float,
+        lengths: Seq[int] = (),
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.busy_s = 0.0
         self._clock = clock
         self._cost = cost
+        self._lengths = lengths
         self._to_host = _Channel(link_gb_s * 1e9)
         self._to_device = _Channel(link_gb_s * 1e9)
         self._jobs = 0
@@ -79,12 +83,20 @@ class SimExecutor:
         seconds = self._cost.step_s(decodes, prefills)
         self._clock.advance(seconds)
         self.busy_s += seconds
-        return StepResult([TOKEN if s.sample else -1 for s in batch], [None] * len(batch))
+        return StepResult([self._draw(s) for s in batch], [None] * len(batch))
+
+    def _draw(self, scheduled: ScheduledSequence) -> int:
+        if not scheduled.sample:
+            return -1
+        had, params = len(scheduled.output_ids) + 1, scheduled.params
+        # At its limit, an output is cut off.
+        ends = had < params.max_tokens and self._lengths and had == self._lengths[params.seed]
+        return END if ends else TOKEN
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._start(self._to_host, pairs)
 
-    def load(self, pairs: Seq[tuple[int, int]]) -> int:
+    def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         return self._start(self._to_device, pairs)
 
     def _start(self, channel: _Channel, pairs: Seq[tuple[int, int]]) -> int:
@@ -125,7 +137,19 @@ class SimHost:
         del self._free[cut:]
         return taken
 
-    def release(self, slots: list[int]) -> None:
+    def match(self, keys: Seq[bytes]) -> list[int]:
+        return []
+
+    def commit(self, blocks: Seq[Commit]) -> None:
+        """Every slot stays its holder's own."""
+
+    def checksums(self, slots: Seq[int]) -> list[int]:
+        return [0] * len(slots)
+
+    def report_corrupt(self, slots: Seq[int]) -> None:
+        """No bytes, no faults."""
+
+    def release(self, slots: Seq[int]) -> None:
         self._free.extend(slots)
 
 

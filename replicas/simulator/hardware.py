@@ -68,8 +68,25 @@ MODELS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Seconds that a step takes at least, whatever is in it."""
+
+    step_s: float
+    decode_s: float
+    """Per decoding sequence."""
+    context_s: float
+    """Per token of context that decoding reads."""
+    prompt_s: float
+    """Per prompt token."""
+
+
 class StepCost(Protocol):
     """Seconds of a step."""
+
+    def floors(self) -> tuple[Floor, ...]:
+        """What every step takes at least: as long as each of them says."""
+        ...
 
     def step_s(self, decode_contexts: Iterable[int], prefills: Iterable[tuple[int, int]]) -> float:
         """`decode_contexts`: tokens each decoding sequence attends to; `prefills`: (tokens of the
@@ -107,6 +124,19 @@ class Roofline:
         memory_s = bytes_moved / (self.gpu.hbm_gb_s * 1e9 * self.memory_efficiency)
         compute_s = flops / (self.gpu.bf16_tflops * 1e12 * self.compute_efficiency)
         return self.overhead_s + max(memory_s, compute_s)
+
+    def floors(self) -> tuple[Floor, ...]:
+        """Its memory traffic alone, and its arithmetic alone."""
+        model = self.model
+        bandwidth = self.gpu.hbm_gb_s * 1e9 * self.memory_efficiency
+        flops = self.gpu.bf16_tflops * 1e12 * self.compute_efficiency
+        read_s = model.kv_layout(1).token_bytes / bandwidth
+        token_s = 2 * model.parameters / flops
+        pair_s = 4 * model.layers * model.heads * model.head_dim / flops
+        return (
+            Floor(self.overhead_s + model.weight_bytes / bandwidth, 0.0, read_s, read_s),
+            Floor(self.overhead_s, token_s, pair_s, token_s),
+        )
 
     def kv_tokens(self, memory_fraction: float, reserve_gb: float = 1.0) -> int:
         """KV tokens that fit into that fraction of the card beside weights and activations.

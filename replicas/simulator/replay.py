@@ -22,52 +22,53 @@ def parse_machine(text: str) -> tuple[GPU, ModelShape]:
     gpu, _, model = text.partition(":")
     if gpu not in GPUS or model not in MODELS:
         raise ConfigError(
-            f"--machine: {text!r} is not GPU:MODEL; GPUs are {', '.join(GPUS)}, "
-            f"models are {', '.join(MODELS)}."
+            f"--machine: {text!r} is not GPU:MODEL, nor a calibration (.json); GPUs are "
+            f"{', '.join(GPUS)}, models are {', '.join(MODELS)}."
         )
     return GPUS[gpu], MODELS[model]
 
 
+def replay_machine(gpu: GPU, model: ModelShape, memory_fraction: float) -> Machine:
+    """The machine of that fraction of the GPU's memory, for weights, activations and KV. Raises
+    ConfigError when the model leaves none."""
+    cost = Roofline(gpu, model)
+    layout = model.kv_layout(BLOCK_SIZE)
+    try:
+        kv_tokens = cost.kv_tokens(memory_fraction) // BLOCK_SIZE * BLOCK_SIZE
+    except ValueError as error:
+        raise ConfigError(
+            f"--machine: {error} at a memory fraction of {memory_fraction:g}."
+        ) from None
+    return Machine(
+        cost=cost,
+        layout=layout,
+        kv_tokens=kv_tokens,
+        host_kv_tokens=int(_HOST_KV_BYTES // layout.token_bytes),
+        link_gb_s=gpu.link_gb_s,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A trace and the machine it is replayed on; a seed only draws the reading speeds."""
+    """The requests of a trace; a seed only draws the reading speeds."""
 
     path: str
     rows: tuple[TraceRow, ...]
-    gpu: GPU
-    model: ModelShape
-    memory_fraction: float
-    """Of the GPU's memory, for weights, activations and KV."""
 
     @property
     def name(self) -> str:
         return Path(self.path).stem
 
-    def machine(self) -> Machine:
-        """Raises ConfigError when the model leaves no memory, or too little for a request."""
-        cost = Roofline(self.gpu, self.model)
-        layout = self.model.kv_layout(BLOCK_SIZE)
-        try:
-            kv_tokens = cost.kv_tokens(self.memory_fraction) // BLOCK_SIZE * BLOCK_SIZE
-        except ValueError as error:
-            raise ConfigError(
-                f"--machine: {error} at a memory fraction of {self.memory_fraction:g}."
-            ) from None
+    def check(self, kv_tokens: int, machine: str) -> None:
+        """Raises ConfigError when a request does not fit into the KV of that machine."""
         for row in self.rows:
             if row.input_tokens + row.output_tokens > kv_tokens:
                 raise ConfigError(
                     f"{self.path}:{row.line}: a request of {row.input_tokens} + "
                     f"{row.output_tokens} tokens does not fit into the {kv_tokens} KV tokens of "
-                    f"{self.model.name} on {self.gpu.name}; choose another --machine or "
-                    "--memory-fraction, or take the row out."
+                    f"{machine}; choose another --machine or --memory-fraction, or take the row "
+                    "out."
                 )
-        return Machine(
-            cost=cost,
-            layout=layout,
-            kv_tokens=kv_tokens,
-            host_kv_tokens=int(_HOST_KV_BYTES // layout.token_bytes),
-            link_gb_s=self.gpu.link_gb_s,
-        )
 
     def arrivals(
         self, seed: int, rates: Seq[tuple[float, float]], duration_s: float | None

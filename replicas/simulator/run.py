@@ -14,7 +14,13 @@ from tokenflow.replicas.executor.base import KVLayout
 from tokenflow.replicas.request import Request
 from tokenflow.replicas.sampling.params import SamplingParams
 from tokenflow.replicas.scheduler.policy import Policy
-from tokenflow.replicas.simulator.executor import SimExecutor, SimHost, SimTokenizer, VirtualClock
+from tokenflow.replicas.simulator.executor import (
+    END,
+    SimExecutor,
+    SimHost,
+    SimTokenizer,
+    VirtualClock,
+)
 from tokenflow.replicas.simulator.hardware import StepCost
 from tokenflow.replicas.simulator.workload import Arrival
 from tokenflow.replicas.stats import EngineStats
@@ -63,9 +69,15 @@ def simulate(
 
     Raises ValueError for a request that can never fit.
     """
+    pending = sorted(arrivals, key=lambda a: a.at_s)
     clock = VirtualClock()
     executor = SimExecutor(
-        clock, machine.cost, machine.layout, machine.num_blocks, link_gb_s=machine.link_gb_s
+        clock,
+        machine.cost,
+        machine.layout,
+        machine.num_blocks,
+        link_gb_s=machine.link_gb_s,
+        lengths=[a.output_tokens for a in pending],
     )
     block = machine.layout.block_size
     served = Engine(
@@ -80,11 +92,10 @@ def simulate(
             **(engine or {}),
         ),
         tokenizer=SimTokenizer(),
-        eos_ids=(),
+        eos_ids=(END,),
         max_model_len=machine.num_blocks * block,
         clock=clock,
     )
-    pending = sorted(arrivals, key=lambda a: a.at_s)
     longest = max((a.prompt_tokens + a.output_tokens for a in pending), default=0)
     if longest > served.max_model_len:
         raise ValueError(
@@ -96,7 +107,7 @@ def simulate(
     added = 0
     while added < len(pending) or served.has_work:
         while added < len(pending) and pending[added].at_s <= clock.now:
-            request = _request(f"{added}", pending[added])
+            request = _request(added, pending[added])
             records[request.request_id] = StreamRecord(request.token_rate, request.arrival_s)
             served.add(request)
             added += 1
@@ -123,11 +134,18 @@ def simulate(
     return Outcome(summarize(ordered), served.stats, ordered, executor.busy_s, samples)
 
 
-def _request(request_id: str, arrival: Arrival) -> Request:
+def _request(number: int, arrival: Arrival) -> Request:
     return Request(
-        request_id=request_id,
+        request_id=f"{number}",
         prompt_ids=(2,) * arrival.prompt_tokens,
-        params=SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True),
+        params=SamplingParams(
+            max_tokens=arrival.max_tokens or arrival.output_tokens,
+            temperature=0.0,
+            # By which the executor knows when the output ends.
+            seed=number,
+        ),
         token_rate=arrival.token_rate,
         arrival_s=arrival.at_s,
+        # All prompts look alike here; as texts they would have nothing in common.
+        cache_salt=f"{number}",
     )

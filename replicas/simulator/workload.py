@@ -16,6 +16,8 @@ class Arrival:
     output_tokens: int
     token_rate: float
     """Infinite = no reader."""
+    max_tokens: int | None = None
+    """Declared limit; the output itself when None."""
 
 
 def burst(count: int) -> list[float]:

@@ -27,6 +27,8 @@ CASES = [
     (body(prompt=""), 400, "prompt", None),
     (body(prompt=[10**9]), 400, "prompt", None),
     (body(n=0), 400, "n", None),
+    (body(cache_salt=""), 400, "cache_salt", None),
+    (body(cache_salt="x" * 257), 400, "cache_salt", None),
     ({"prompt": "x"}, 400, "model", None),
 ]
 

@@ -15,6 +15,7 @@ from tests.support.processes import processes_of
 pytestmark = pytest.mark.cluster
 
 TOKENS = 160
+BEGINNING = "you will be surprised to hear from me so soon, but the news cannot wait: " * 4
 
 
 def replica_pids() -> list[int]:
@@ -35,12 +36,12 @@ async def test_streams_survive_the_death_of_their_replica(server):
     async def one(i: int) -> str:
         stream = await client.completions.create(
             model=server.model,
-            prompt=f"Letter {i % 3}. My dear sister,",
+            prompt=f"Letter {i % 100 % 3}. My dear sister, " + BEGINNING,
             max_tokens=TOKENS,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, "token_rate": 30},
+            extra_body={"ignore_eos": True, "token_rate": 30, "cache_salt": f"failover-{i}"},
         )
         text, count, chunks = "", 0, 0
         async for chunk in stream:
@@ -54,7 +55,7 @@ async def test_streams_survive_the_death_of_their_replica(server):
         assert count == TOKENS
         return text
 
-    alone = [await one(i) for i in range(3)]
+    alone = [await one(i) for i in range(100, 103)]
     started = asyncio.Semaphore(0)
     failovers = server.metric("tokenflow_failovers_total")
     pids = replica_pids()
@@ -62,8 +63,12 @@ async def test_streams_survive_the_death_of_their_replica(server):
     streams = [asyncio.create_task(one(i)) for i in range(12)]
     for _ in range(12):
         await asyncio.wait_for(started.acquire(), 60)
+    before = server.by_replica("tokenflow_prefix_host_hit_tokens_total")
     os.kill(pids[0], signal.SIGKILL)
     assert await asyncio.gather(*streams) == alone * 4
     await client.close()
     assert server.metric("tokenflow_failovers_total") > failovers
+    # Nobody else has these salts: what was loaded is what the dead replica had written.
+    after = server.by_replica("tokenflow_prefix_host_hit_tokens_total")
+    assert any(hits > before.get(replica, 0) for replica, hits in after.items())
     server.wait_idle()

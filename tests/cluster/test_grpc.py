@@ -60,6 +60,7 @@ async def test_concurrent_streams_agree_with_each_other(server, stub):
         (dict(token_rate=-1), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(token_rate=float("nan")), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(text=""), grpc.StatusCode.INVALID_ARGUMENT),
+        (dict(cache_salt="x" * 257), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(text="word " * 5000), grpc.StatusCode.INVALID_ARGUMENT),
         (dict(text="x" * (5 << 20)), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (dict(sampling=pb.SamplingParams(max_tokens=100_000)), grpc.StatusCode.INVALID_ARGUMENT),

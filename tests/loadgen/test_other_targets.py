@@ -6,6 +6,7 @@ import asyncio
 import math
 from concurrent import futures
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -115,6 +116,20 @@ def test_simulated_figures_say_so():
     session = Session(simulated(arrivals={"kind": "burst", "count": 2}))
     session.simulate()
     assert any("not a measurement" in note for note in session.report().notes)
+
+
+def test_the_simulator_takes_a_calibration():
+    file = (
+        Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "calibration-2-cores.json"
+    )
+    target = {"machine": str(file), "policy": "fcfs"}
+    fields = {"prompt": {"kind": "fixed", "tokens": 40}, "output": {"kind": "fixed", "tokens": 60}}
+    session = Session(simulated(target=target, arrivals={"kind": "burst", "count": 10}, **fields))
+    session.simulate()
+    assert session.repeats[0].figures["tokens"] == 600
+    assert session.opened.name == "simulated calibration-2-cores.json, policy fcfs"
+    with pytest.raises(ConfigError, match="cannot read the calibration"):
+        Session(simulated(target={"machine": "/nowhere.json"})).simulate()
 
 
 def test_what_does_not_fit_the_machine():

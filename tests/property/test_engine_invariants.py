@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.engines import check_conservation, fake_engine, make_request, tokens_of
+from tests.support.engines import (
+    check_all_free,
+    check_conservation,
+    fake_engine,
+    make_request,
+    tokens_of,
+)
 from tests.support.fake_executor import expected_output
 from tests.support.plans import Checked, check_tracker
 from tokenflow.replicas.output import TokenEvent
@@ -34,6 +40,11 @@ class Spec:
     cancelled: int = NEVER
     rates: tuple[tuple[int, float], ...] = ()
     """(before this step, new rate)."""
+    family: int = 0
+    """Requests of one family have prompts that begin alike; none is like those of family 0."""
+    salt: str | None = None
+    delivered: int = 0
+    """Tokens that another replica generated before."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,28 @@ class Scenario:
     blocks: int
     host_slots: int
     delay: int
+    late_sums: bool
     max_num_seqs: int
     max_batch_tokens: int
     tick: float
     failures: frozenset[int]
     """Steps whose first copy fails; -1: all of them."""
+    flips: frozenset[int]
+    """Steps before which a bit of the host memory falls over."""
     engine: dict[str, bool]
     params: dict[str, float] = field(default_factory=dict)
 
     def prompt(self, i: int) -> list[int]:
-        length = min(self.specs[i].prompt, self.blocks * BLOCK - 1)
-        return [(i * 13 + j) % 250 + 1 for j in range(length)]
+        spec = self.specs[i]
+        length = min(spec.prompt, self.blocks * BLOCK - 1)
+        own = 0 if spec.family else 1
+        first = spec.family * 29 if spec.family else i * 13
+        # Relatives part after two thirds of their prompts.
+        alike = length * 2 // 3
+        return [(first + j + (own or j >= alike) * i) % 250 + 1 for j in range(length)]
+
+    def delivered(self, i: int) -> list[int]:
+        return self.expected(i)[: min(self.specs[i].delivered, self.max_tokens(i) - 1)]
 
     def expected(self, i: int) -> list[int]:
         prompt = self.prompt(i)
@@ -73,6 +95,9 @@ specs = st.builds(
     rates=st.one_of(
         st.just(()), st.lists(st.tuples(steps, st.sampled_from(RATES)), max_size=3).map(tuple)
     ),
+    family=st.integers(0, 2),
+    salt=st.sampled_from([None, None, "a", "b"]),
+    delivered=st.sampled_from([0, 0, 0, 1, 9]),
 )
 
 
@@ -100,6 +125,7 @@ def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
         blocks=st.one_of(st.integers(3, 12), st.integers(13, 60)),
         host_slots=st.sampled_from([0, 8, 40, 200]),
         delay=st.integers(0, 4),
+        late_sums=st.booleans(),
         max_num_seqs=st.integers(1, 8),
         max_batch_tokens=st.sampled_from([16, 24, 64]),
         tick=st.sampled_from([0.001, 0.05, 0.5]),
@@ -108,8 +134,12 @@ def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
             st.frozensets(st.integers(0, 80), max_size=20),
             st.just(frozenset({-1})),
         ),
+        flips=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 80), max_size=20)),
         engine=st.fixed_dictionaries(
-            {name: switches for name in ("offload", "write_through", "overlap_transfers")}
+            {
+                name: switches
+                for name in ("offload", "write_through", "overlap_transfers", "prefix_cache")
+            }
         ),
         params=policy_params(policy),
     )
@@ -131,10 +161,12 @@ class Run:
             block_size=BLOCK,
             host_slots=scenario.host_slots,
             delay=scenario.delay,
+            late_sums=scenario.late_sums,
             max_num_seqs=scenario.max_num_seqs,
             max_batch_tokens=scenario.max_batch_tokens,
             max_model_len=1 << 20,
             tick=scenario.tick,
+            verify_loads="full",
             **scenario.engine,
         )
 
@@ -154,6 +186,8 @@ class Run:
                         scenario.max_tokens(i),
                         rate=scenario.specs[i].rate,
                         arrival_s=clock(),
+                        resumed=scenario.delivered(i),
+                        salt=scenario.specs[i].salt,
                     )
                     engine.check(request)
                     engine.add(request)
@@ -163,6 +197,8 @@ class Run:
                 else:
                     engine.set_rate(f"{i}", what)
             executor.fail_next_job = bool({-1, step} & scenario.failures)
+            if step in scenario.flips and scenario.host_slots:
+                executor.host[step * 7 % scenario.host_slots, step % BLOCK] ^= 1
             engine.step()
             check_conservation(engine, host)
             check_tracker(engine.tracker)
@@ -173,8 +209,7 @@ class Run:
                 stream.append(event)
             step += 1
             assert step < NEVER, "no progress"
-        assert engine.pool.free_blocks == scenario.blocks
-        assert len(host.free) == scenario.host_slots
+        check_all_free(engine, host)
         self.schedule = executor.steps
         return self
 
@@ -191,10 +226,17 @@ class Run:
 
     def check_streams(self) -> None:
         for i, spec in enumerate(self.scenario.specs):
-            events, expected = self.streams[i], self.scenario.expected(i)
+            events = self.streams[i]
+            first = len(self.scenario.delivered(i))
+            expected = self.scenario.expected(i)[first:]
+            # One token is computed at least, and a moved request was told before.
+            most = 0 if first else len(self.scenario.prompt(i)) - 1
+            assert events[0].cached_tokens in range(most + 1)
+            assert not any(event.cached_tokens for event in events[1:])
             if events[-1].finish_reason == "cancelled":
                 assert spec.cancelled < NEVER
-                assert [e.offset for e in events[:-1]] == list(range(len(events) - 1))
+                offsets = list(range(first, first + len(events) - 1))
+                assert [e.offset for e in events[:-1]] == offsets
                 assert [e.token_id for e in events[:-1]] == expected[: len(events) - 1]
             else:
                 assert events[-1].finish_reason == "length"

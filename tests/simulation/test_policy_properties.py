@@ -8,45 +8,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import pytest
 
-from tokenflow.replicas.executor.base import KVLayout
+from tests.support.machines import Linear, machine
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
-from tokenflow.replicas.simulator.run import Machine, Outcome, simulate
+from tokenflow.replicas.simulator.run import Outcome, simulate
 from tokenflow.replicas.simulator.workload import Arrival, burst, poisson, requests
 
 PROMPT, OUTPUT, RATE = 96, 160, 6.0
-LAYOUT = KVLayout(2, 16, 2, 16, "float32")
 TOGETHER = 20
 """Sequences of about 200 tokens that memory holds."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`slower` times as slow as the machine above."""
-
-    slower: float = 1.0
-
-    def step_s(self, decodes: Iterable[int], prefills: Iterable[tuple[int, int]]) -> float:
-        decodes = list(decodes)
-        prompt = sum(tokens for tokens, _ in prefills)
-        seconds = 0.03 + 0.001 * len(decodes) + 4e-6 * sum(decodes) + 2e-4 * prompt
-        return self.slower * seconds
-
-
-def machine(slower: float = 1.0) -> Machine:
-    return Machine(
-        cost=Linear(slower),
-        layout=LAYOUT,
-        kv_tokens=4096,
-        host_kv_tokens=100_000,
-        link_gb_s=LAYOUT.block_bytes / 0.002 / 1e9 / slower,
-        max_num_seqs=64,
-        max_batch_tokens=512,
-    )
 
 
 CAPACITY = TOGETHER / Linear().step_s([PROMPT + OUTPUT // 2] * TOGETHER, [])

@@ -150,6 +150,8 @@ def test_bad_traces_are_one_sentence_with_file_and_line(trace, text, line, words
         ("--machine h200:llama3-8b", "--machine needs --trace"),
         ("--memory-fraction 0.9", "--memory-fraction needs --trace"),
         ("--jobs 0", "--jobs must be"),
+        ("--limit-factor 0.5", "--limit-factor must be"),
+        ("--limit-factor nan", "--limit-factor must be"),
         ("--seed-base -1", "--seed-base must be"),
         ("--plots {}", "--plots: cannot make"),
     ],
@@ -283,3 +285,14 @@ def test_the_dry_share_of_each_reading_speed_is_reported():
     records = [record(2.0, [0.0, 1.0]), record(1.0, [0.0, 1.0]), record(math.inf, [0.0, 9.0])]
     shares = jobs._dry_shares(records)
     assert shares == {"dry_share_at_1": 0.0, "dry_share_at_2": pytest.approx(1 / 3)}
+
+
+def test_limits_may_be_declared_higher_than_outputs_are(tmp_path, tiny):
+    usual = report(tmp_path, *tiny)
+    generous = report(tmp_path, *tiny, "--limit-factor", "4")
+    assert generous["arguments"]["limit_factor"] == 4.0
+    tokens = [[run["figures"]["tokens"] for run in got["runs"]] for got in (usual, generous)]
+    assert tokens[0] == tokens[1]
+    # Careful admission believes the limits.
+    ttft = [got["runs"][0]["figures"]["ttft_mean_s"] for got in (usual, generous)]
+    assert usual["runs"][0]["policy"] == "fcfs" and ttft[0] < ttft[1]

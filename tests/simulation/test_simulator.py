@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
+from tokenflow.replicas.executor.base import CopyDone
+from tokenflow.replicas.scheduler.lengths import OutputLengths
+from tokenflow.replicas.scheduler.policy import Plan, Policy, View
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 from tokenflow.replicas.simulator.executor import SimExecutor, VirtualClock
 from tokenflow.replicas.simulator.hardware import GPUS, MODELS, Roofline
@@ -75,6 +79,34 @@ def test_a_request_that_can_never_fit_is_refused():
         simulate(MACHINE, make_policy("fcfs"), huge)
 
 
+def test_an_output_may_end_before_its_limit():
+    arrivals = [Arrival(0.0, 100, 30 + i, 20.0, max_tokens=30 + 3 * i) for i in range(4)]
+    outcome = simulate(MACHINE, make_policy("slack"), arrivals)
+    assert [r.tokens for r in outcome.records] == [30, 31, 32, 33]
+    assert [r.finish_reason for r in outcome.records] == ["length", "stop", "stop", "stop"]
+
+
+def test_outputs_that_end_long_before_their_limits_are_learned():
+    rng = random.Random(1)
+    arrivals = requests(poisson(2.0, 60.0, rng), 512, 600, [(20.0, 1.0)], rng)
+    generous = [replace(a, max_tokens=4 * a.output_tokens) for a in arrivals]
+    known, learned = (
+        simulate(MACHINE, make_policy("slack"), each).summary for each in (arrivals, generous)
+    )
+    unaware = simulate(MACHINE, Unaware(make_policy("slack")), generous).summary
+    assert unaware.effective_tok_s < learned.effective_tok_s <= known.effective_tok_s
+
+
+class Unaware:
+    """A policy that is told nothing of how long outputs were."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.name, self.write_through, self._policy = policy.name, policy.write_through, policy
+
+    def plan(self, view: View, now: float) -> Plan:
+        return self._policy.plan(replace(view, lengths=OutputLengths()), now)
+
+
 def test_copies_take_their_time_on_their_own_direction():
     clock = VirtualClock()
     executor = SimExecutor(clock, COST, MODEL.kv_layout(16), 64, link_gb_s=25)
@@ -82,9 +114,13 @@ def test_copies_take_their_time_on_their_own_direction():
     out = executor.offload([(i, i) for i in range(10)])
     back = executor.load([(i, i) for i in range(5)])
     assert executor.poll_transfers() == []
-    assert executor.poll_transfers(timeout_s=1.0) == [(back, None, pytest.approx(5 * block_s))]
+    assert executor.poll_transfers(timeout_s=1.0) == [
+        CopyDone(back, None, pytest.approx(5 * block_s))
+    ]
     assert clock() == pytest.approx(5 * block_s)
-    assert executor.poll_transfers(timeout_s=1.0) == [(out, None, pytest.approx(10 * block_s))]
+    assert executor.poll_transfers(timeout_s=1.0) == [
+        CopyDone(out, None, pytest.approx(10 * block_s))
+    ]
     assert clock() == pytest.approx(10 * block_s)
 
 

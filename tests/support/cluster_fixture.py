@@ -41,6 +41,11 @@ class Server:
         """A metric summed over the labels that are not given."""
         return _sum(self._scrape(), name, labels)
 
+    def by_replica(self, name: str) -> dict[str, float]:
+        """A metric of each living replica."""
+        lines = [line for line in self._scrape().splitlines() if line.startswith(name + "{")]
+        return {line.split('replica="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
     def wait_idle(self, timeout_s: float = 10) -> float:
         """Wait until every device block is free; returns the seconds it took."""
         begun = time.monotonic()

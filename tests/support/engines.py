@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from tests.support.fake_executor import FakeExecutor, FakeHost, FakeTokenizer
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.output import TokenEvent
-from tokenflow.replicas.request import Request, State
+from tokenflow.replicas.request import Request, Sequence, State
 from tokenflow.replicas.sampling.params import SamplingParams
 from tokenflow.replicas.scheduler.registry import make_policy
 
@@ -36,11 +36,12 @@ def fake_engine(
     max_batch_tokens: int = 32,
     max_model_len: int = 256,
     delay: int = 1,
+    late_sums: bool = False,
     tick: float = 0.01,
     eos_ids: tuple[int, ...] = (0,),
     **config: Any,
 ) -> tuple[Engine, FakeExecutor, FakeHost, Clock]:
-    executor = FakeExecutor(blocks, block_size, host_slots, delay=delay)
+    executor = FakeExecutor(blocks, block_size, host_slots, delay=delay, late_sums=late_sums)
     host = FakeHost(host_slots)
     clock = Clock(tick)
     engine = Engine(
@@ -69,6 +70,7 @@ def make_request(
     rate: float = 10.0,
     arrival_s: float = 100.0,
     resumed: list[int] | None = None,
+    salt: str | None = None,
     **params: Any,
 ) -> Request:
     params.setdefault("temperature", 0.0)
@@ -79,29 +81,46 @@ def make_request(
         token_rate=rate,
         resumed_ids=tuple(resumed or ()),
         arrival_s=arrival_s,
+        cache_salt=salt,
     )
 
 
 def check_conservation(engine: Engine, host: FakeHost) -> None:
-    """Every device block and host slot is free, held by one request, or kept by a copy."""
-    engine.pool.check()
+    """Every device block and host slot is free, or held as often as somebody says it is."""
+    kv = engine.kv
+    kv.pool.check()
     sequences = list(engine._sequences.values())
-    held = [int(b) for s in sequences for b in s.block_ids[: s.num_blocks]]
-    assert len(held) == len(set(held)), "a device block has two owners"
-    copied = {b for job in engine._transfers._jobs.values() for b in (*job.blocks, *job.kept)}
-    assert engine.pool.free_blocks == engine.pool.num_blocks - len(set(held) | copied)
-    slots = [s for seq in sequences for s in seq.host_slots]
-    assert len(slots) == len(set(slots)), "a host slot has two owners"
+    held = Counter(int(b) for s in sequences for b in s.block_ids[: s.num_blocks])
+    for job in kv.transfers._jobs.values():
+        held.update(copy.block for copy in job.copies)
+        held.update(job.kept)
+    for block in range(kv.pool.num_blocks):
+        assert kv.pool.holders(block) == held[block], f"block {block}"
+    slots = Counter(s for seq in sequences for s in seq.host_slots)
+    slots.update(kv.transfers.held_slots)
+    assert slots == host.holds
     assert not set(slots) & set(host.free)
-    assert len(host.free) + len(slots) + len(engine._transfers._let_go) == host.capacity
+    assert len(host.free) + len({*host.holds, *host.committed}) == host.capacity
     for seq in sequences:
         on_device = seq.state in (State.RUNNING, State.LOADING)
         assert (seq.slot >= 0) == on_device
-        assert (seq.num_blocks > 0) == on_device
-        assert seq.synced_blocks <= len(seq.host_slots)
+        assert (seq.num_blocks > 0) == (on_device and not _claims_all(engine, seq))
+        assert seq.synced_blocks <= seq.sent_blocks <= len(seq.host_slots)
+        assert seq.synced_blocks == min(seq.in_flight, default=seq.sent_blocks)
+        assert set(seq.in_flight) <= set(range(seq.sent_blocks))
+        assert seq.shared_blocks >= 0
     rows = [s.slot for s in sequences if s.slot >= 0]
     assert len(rows) == len(set(rows))
-    assert sorted(rows + engine._free_rows) == list(range(engine.config.max_num_seqs))
+    assert sorted(rows + kv.free_rows) == list(range(engine.config.max_num_seqs))
+    assert kv._promised == sum(load.missing for load in kv._loads.values())
+    hoping = {seq for waiting in kv._hoping.values() for seq in waiting}
+    assert all(seq.state is State.WAITING for seq in hoping)
+
+
+def _claims_all(engine: Engine, seq: Sequence) -> bool:
+    """Whether it was promised its blocks and has none of them yet."""
+    load = engine.kv._loads.get(seq)
+    return load is not None and load.missing > 0 and seq.num_blocks == 0
 
 
 def run_to_end(
@@ -118,9 +137,16 @@ def run_to_end(
             events[event.request_id].append(event)
     assert not engine.has_work, "the engine made no end of it"
     check_conservation(engine, host)
-    assert engine.pool.free_blocks == engine.pool.num_blocks
-    assert len(host.free) == host.capacity
+    check_all_free(engine, host)
     return events
+
+
+def check_all_free(engine: Engine, host: FakeHost) -> None:
+    """Nothing is held any more; what is cached can be had."""
+    assert engine.kv.pool.free_blocks == engine.kv.pool.num_blocks
+    assert not host.holds
+    assert host.available() == host.capacity
+    assert not engine.kv._hoping and not engine.kv._loads
 
 
 def tokens_of(events: list[TokenEvent]) -> list[int]:

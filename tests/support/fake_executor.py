@@ -1,14 +1,18 @@
 """An executor without a model whose next token depends on every token in its KV.
 
 KV "content" is the token id at each position, so a block that is freed too early, copied too late
-or loaded into the wrong place changes the text. Copies end only after `delay` polls.
+or loaded into the wrong place changes the text. Copies end only after `delay` polls. Blocks have
+checksums, as in the torch executor.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
+from tokenflow.replicas.transfers import Commit
 
 VOCAB = 251
 
@@ -30,18 +34,26 @@ def expected_output(prompt: list[int], n: int) -> list[int]:
 
 class FakeExecutor:
     def __init__(
-        self, num_blocks: int, block_size: int, host_slots: int, *, delay: int = 1
+        self,
+        num_blocks: int,
+        block_size: int,
+        host_slots: int,
+        *,
+        delay: int = 1,
+        late_sums: bool = False,
     ) -> None:
         self.layout = KVLayout(1, block_size, 1, 1, "float32")
         self.num_blocks = num_blocks
         self.vocab_size = VOCAB
         self.delay = delay
+        self.late_sums = late_sums
         self.fail_next_job = False
         self.kv = np.full((num_blocks, block_size), -1)
         self.host = np.full((host_slots, block_size), -1)
         self.steps: list[list[tuple[int, int]]] = []
         self.closed = False
         self._jobs: list[list] = []
+        self._sums: list[list] = []
         self._next_job = 0
 
     def execute(self, batch: list[ScheduledSequence]) -> StepResult:
@@ -65,21 +77,32 @@ class FakeExecutor:
         self.fail_next_job = False
         return self._next_job
 
+    def checksum(self, slot: int) -> int:
+        return hash(self.host[slot].tobytes()) % (1 << 64)
+
     def offload(self, pairs) -> int:
         pairs = list(pairs)
 
-        def copy() -> None:
+        def copy() -> dict:
             for block, slot in pairs:
                 self.host[slot] = self.kv[block]
+            return {"checksums": tuple(self.checksum(slot) for _, slot in pairs)}
 
         return self._job(copy)
 
-    def load(self, pairs) -> int:
+    def load(self, pairs, expected=()) -> int:
         pairs = list(pairs)
 
-        def copy() -> None:
+        def copy() -> dict:
             for slot, block in pairs:
                 self.kv[block] = self.host[slot]
+            return {
+                "corrupt": tuple(
+                    i
+                    for i, checksum in enumerate(expected)
+                    if checksum is not None and self.checksum(pairs[i][0]) != checksum
+                )
+            }
 
         return self._job(copy)
 
@@ -90,12 +113,19 @@ class FakeExecutor:
             if job[1] < 0:
                 # The copy happens as late as it can: whoever reuses a block early is caught.
                 error = RuntimeError("copy failed") if job[3] else None
-                if error is None:
-                    job[2]()
+                found = {} if error else job[2]()
                 self._jobs.remove(job)
-                done.append(CopyDone(job[0], error, 0.01))
+                if self.late_sums and "checksums" in found:
+                    done.append(CopyDone(job[0], error, 0.01, None))
+                    self._sums.append([job[0], self.delay, found["checksums"]])
+                else:
+                    done.append(CopyDone(job[0], error, 0.01, **found))
             else:
                 break
+        for late in self._sums:
+            late[1] -= 1
+        done += [CopyDone(job_id, None, 0.0, sums) for job_id, left, sums in self._sums if left < 0]
+        self._sums = [late for late in self._sums if late[1] >= 0]
         return done
 
     def close(self) -> None:
@@ -103,24 +133,75 @@ class FakeExecutor:
 
 
 class FakeHost:
-    """Host slots in process; the interface of the node store's client."""
+    """The node's store in process, with the interface of its client, strict about its use."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.free = list(range(capacity))
+        self.holds: Counter[int] = Counter()
+        self.committed: dict[int, Commit] = {}
+        self.slot_of: dict[bytes, int] = {}
+        self.corrupt: set[int] = set()
+
+    @property
+    def cached(self) -> list[int]:
+        """Committed slots that nobody holds, oldest first."""
+        return [slot for slot in self.committed if not self.holds[slot]]
 
     def available(self) -> int:
-        return len(self.free)
+        return len(self.free) + len(self.cached)
 
     def acquire(self, n: int) -> list[int] | None:
-        if n > len(self.free):
+        if n > self.available():
             return None
+        for slot in self.cached[: max(0, n - len(self.free))]:
+            self.forget(slot)
         taken, self.free = self.free[:n], self.free[n:]
+        self.holds.update(taken)
         return taken
 
-    def release(self, slots: list[int]) -> None:
-        assert not set(slots) & set(self.free)
-        self.free.extend(slots)
+    def forget(self, slot: int) -> None:
+        """Evict a cached slot."""
+        assert not self.holds[slot]
+        commit = self.committed.pop(slot)
+        if self.slot_of.get(commit.key) == slot:
+            del self.slot_of[commit.key]
+        self.corrupt.discard(slot)
+        self.free.append(slot)
+
+    def match(self, keys) -> list[int]:
+        slots = []
+        for key in keys:
+            slot = self.slot_of.get(key)
+            if slot is None or slot in self.corrupt:
+                break
+            slots.append(slot)
+        self.holds.update(slots)
+        return slots
+
+    def commit(self, blocks) -> None:
+        for block in blocks:
+            assert self.holds[block.slot] == 1 and block.slot not in self.committed
+            self.committed[block.slot] = block
+            self.slot_of.setdefault(block.key, block.slot)
+
+    def checksums(self, slots) -> list[int]:
+        return [self.committed[slot].checksum for slot in slots]
+
+    def report_corrupt(self, slots) -> None:
+        assert set(slots) <= set(self.committed)
+        self.corrupt.update(slots)
+
+    def release(self, slots) -> None:
+        for slot in slots:
+            assert self.holds[slot] > 0, f"slot {slot} is released but not held"
+            self.holds[slot] -= 1
+            if not self.holds[slot]:
+                del self.holds[slot]
+                if slot not in self.committed:
+                    self.free.append(slot)
+                elif slot in self.corrupt or self.slot_of.get(self.committed[slot].key) != slot:
+                    self.forget(slot)
 
 
 class FakeTokenizer:

@@ -23,7 +23,9 @@ def check_tracker(tracker: Tracker) -> None:
         "generated": [len(s.output_ids) for s in tracker.sequences],
         "context": [len(s.tokens) for s in tracker.sequences],
         "computed": [s.num_computed for s in tracker.sequences],
-        "blocks": [s.num_blocks for s in tracker.sequences],
+        "held": [s.num_blocks for s in tracker.sequences],
+        "shared": [s.shared_blocks for s in tracker.sequences],
+        "blocks": [max(s.num_blocks - s.shared_blocks, 0) for s in tracker.sequences],
         "synced": [s.synced_blocks for s in tracker.sequences],
         "slots": [len(s.host_slots) for s in tracker.sequences],
         "resident": [s.resident_tokens for s in tracker.sequences],
@@ -73,8 +75,14 @@ def check_plan(view: View, plan: Plan) -> None:
     places = view.on_device() - len(plan.preempt) + entering
     # A device that was full before cannot be blamed on a plan that brings nobody onto it.
     assert not entering or places <= view.max_num_seqs, "too many sequences"
-    need = _blocks_taken(view, plan)
-    assert need <= view.free_blocks + _blocks_released(view, plan), "more blocks than are free"
+    now, later = _blocks_released(view, plan)
+    resumed = _blocks_to_enter(view, plan.resume)
+    others = _blocks_to_enter(view, plan.admit) + _blocks_to_run(view, plan)
+    free = view.free_blocks + now
+    assert others <= free, "more blocks than are free"
+    # Loads may begin in some of their blocks while the others are on their way.
+    coming = view.releasing_blocks + later if view.overlap else 0
+    assert others + resumed <= free + coming, "more blocks than will be free"
 
 
 def _once(seqs: list[Sequence], what: str) -> None:
@@ -86,29 +94,36 @@ def _computed(seq: Sequence, dropped: set[int]) -> int:
     return 0 if seq.row in dropped else seq.num_computed
 
 
-def _blocks_taken(view: View, plan: Plan) -> int:
-    """By those that come onto the device, and by the batch."""
-    entering = np.array([seq.row for seq in [*plan.resume, *plan.admit]], np.int64)
-    need = int(view.blocks_needed(entering).sum())
-    for seq, n in plan.batch:
-        if seq.state is State.RUNNING:
-            need += max(view.blocks_for(seq.num_computed + n) - seq.num_blocks, 0)
-    return need
+def _blocks_to_enter(view: View, seqs: list[Sequence]) -> int:
+    """By those that come onto the device."""
+    return int(view.blocks_needed(np.array([seq.row for seq in seqs], np.int64)).sum())
 
 
-def _blocks_released(view: View, plan: Plan) -> int:
-    """At once, by the victims; the host takes them in order while it has slots."""
+def _blocks_to_run(view: View, plan: Plan) -> int:
+    """By the batch, beyond what it holds."""
+    return sum(
+        max(view.blocks_for(seq.num_computed + n) - seq.num_blocks, 0)
+        for seq, n in plan.batch
+        if seq.state is State.RUNNING
+    )
+
+
+def _blocks_released(view: View, plan: Plan) -> tuple[int, int]:
+    """By the victims: (at once, when their copies end); the host takes them in order while it has
+    slots, and without a slot for its rest a victim drops that."""
     slots = view.free_host_slots
-    released = 0
+    now = later = 0
     for seq, how in plan.preempt:
         row = np.array([seq.row])
         wanted = int(view.slots_to_offload(row)[0])
+        alone = int(view.tracker.blocks[seq.row])
+        released = alone
         if how is Preempt.OFFLOAD and wanted <= slots:
             slots -= wanted
-            released += int(view.released_now(row)[0])
-        else:
-            released += seq.num_blocks
-    return released
+            released = int(view.released_now(row)[0])
+        now += released
+        later += alone - released
+    return now, later
 
 
 class Checked:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tests.support.engines import make_request
 from tokenflow.replicas.request import Sequence, State
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.policy import Plan, View
 from tokenflow.replicas.scheduler.tracker import Tracker
 
@@ -71,6 +72,7 @@ def view(
     offload_queue: int = 0,
     load_queue: int = 0,
     cost: CostModel | None = None,
+    lengths: OutputLengths | None = None,
 ) -> View:
     """What a policy sees of them; they came, and came onto the device, in the order given."""
     tracker = Tracker()
@@ -91,6 +93,7 @@ def view(
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
         cost=cost or CostModel(),
+        lengths=lengths or OutputLengths(),
     )
 
 

@@ -88,11 +88,11 @@ def test_cancel_frees_everything_in_every_state(state):
         while not seq.decoding:
             engine.step()
     if state in (State.OFFLOADING, State.PREEMPTED, State.LOADING):
-        engine._preempt(seq, Preempt.OFFLOAD)
+        engine.kv.preempt(seq, Preempt.OFFLOAD)
         while state is not State.OFFLOADING and seq.state is State.OFFLOADING:
             engine.wait_for_transfers(0)
     if state is State.LOADING:
-        engine._resume(seq)
+        engine.kv.resume(seq)
     assert seq.state is state
     assert engine.cancel("a")
     check_conservation(engine, host)
@@ -109,16 +109,16 @@ def test_a_failed_copy_means_recompute_never_wrong_text():
     while len(seq.output_ids) < 10:
         engine.step()
     executor.fail_next_job = True
-    engine._preempt(seq, Preempt.OFFLOAD)
+    engine.kv.preempt(seq, Preempt.OFFLOAD)
     while len(seq.output_ids) < 20:
         engine.step()
-    while engine._transfers.active:
+    while engine.kv.transfers.active:
         engine.wait_for_transfers(0)
-    engine._preempt(seq, Preempt.OFFLOAD)
+    engine.kv.preempt(seq, Preempt.OFFLOAD)
     while seq.state is not State.PREEMPTED:
         engine.wait_for_transfers(0)
     executor.fail_next_job = True
-    engine._resume(seq)
+    engine.kv.resume(seq)
     events = [e for e in engine.take_events()]
     rest = run_to_end(engine, host)["a"]
     assert tokens_of(events + rest) == expected_output(PROMPTS[2], 40)
@@ -230,3 +230,22 @@ def test_a_policy_that_never_admits_cannot_kill_a_stream():
     events = run_to_end(engine, host)
     for i in range(3):
         assert tokens_of(events[f"r{i}"]) == expected_output(PROMPTS[1], 8)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "slack"])
+@pytest.mark.parametrize(("rate", "overloaded"), [(0.5, False), (1000.0, True)])
+def test_overload_shows_in_the_gauges_while_it_lasts(policy, rate, overloaded):
+    engine, *_ = fake_engine(policy=policy, blocks=64, tick=0.02)
+    assert (engine.stats.now_capacity, engine.stats.now_overloaded) == (0.0, False)
+    for i in range(6):
+        engine.add(make_request(f"r{i}", PROMPTS[0], 60, rate=rate))
+    seen = []
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats
+        seen.append((stats.now_overloaded, stats.now_parked, stats.now_capacity))
+    said, parked, capacity = zip(*seen, strict=True)
+    assert (True in said) == overloaded
+    assert (max(parked) == 5) == overloaded
+    assert max(capacity) > 0
+    assert (engine.stats.now_overloaded, engine.stats.now_parked) == (False, 0)

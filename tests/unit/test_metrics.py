@@ -26,6 +26,11 @@ NAMES = {
     "written_through_bytes": "tokenflow_written_through_bytes_total",
     "loaded_bytes": "tokenflow_loaded_bytes_total",
     "transfer_errors": "tokenflow_transfer_errors_total",
+    "corrupt_blocks": "tokenflow_corrupt_blocks_total",
+    "prefix_queried_tokens": "tokenflow_prefix_queried_tokens_total",
+    "prefix_device_hit_tokens": "tokenflow_prefix_device_hit_tokens_total",
+    "prefix_host_hit_tokens": "tokenflow_prefix_host_hit_tokens_total",
+    "now_cached_blocks": "tokenflow_kv_cached_blocks",
     "reader_stalls": "tokenflow_reader_stalls_total",
     "reader_stall_seconds": "tokenflow_reader_stall_seconds_total",
     "now_waiting": "tokenflow_waiting_requests",
@@ -35,6 +40,9 @@ NAMES = {
     "now_total_blocks": "tokenflow_kv_total_blocks",
     "now_free_host_slots": "tokenflow_host_free_slots",
     "now_rate": "tokenflow_declared_rate",
+    "now_capacity": "tokenflow_capacity",
+    "now_parked": "tokenflow_parked_requests",
+    "now_overloaded": "tokenflow_overloaded",
 }
 ELSEWHERE = {
     "finished": "tokenflow_finished_requests_total",
@@ -123,6 +131,30 @@ def test_the_ttft_histogram_is_cumulative_and_consistent(replica):
 def test_every_field_of_the_stats_is_exported():
     assert {field.name for field in fields(EngineStats)} == set(NAMES) | set(ELSEWHERE)
     assert set(NAMES.values()) | set(ELSEWHERE.values()) <= set(scrape())
+
+
+def test_a_store_is_counted_once_per_node():
+    def replica(name, node, calls, free, lost=False):
+        slots = {"free": free, "leased": 2, "pinned": 3, "cached": 4}
+        store = {"slots": slots, "calls": calls, "lost": lost}
+        return EngineStats().to_dict() | {"replica_id": name, "node_id": node, "store": store}
+
+    without = EngineStats().to_dict() | {"replica_id": "d", "node_id": "n3", "store": None}
+    found = scrape(
+        replicas=[
+            replica("a", "n1", 7, 10),
+            replica("b", "n1", 8, 10),
+            replica("c", "n2", 9, 20, lost=True),
+            without,
+        ]
+    )
+    slots = found["tokenflow_store_slots"]
+    assert len(slots) == 8
+    assert slots[("node", "n1"), ("state", "free")] == 10
+    assert slots[("node", "n2"), ("state", "cached")] == 4
+    calls, lost = found["tokenflow_store_calls_total"], found["tokenflow_store_lost"]
+    assert calls == {(("replica", "a"),): 7, (("replica", "b"),): 8, (("replica", "c"),): 9}
+    assert lost == {(("replica", "a"),): 0, (("replica", "b"),): 0, (("replica", "c"),): 1}
 
 
 def test_the_ingress_counts_its_own():

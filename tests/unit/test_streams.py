@@ -170,22 +170,25 @@ class Replicas:
         submission = self.submissions[-1]
         offset = len(submission.resumed_ids)
         finish = None if target == "a" else "stop"
-        yield pack([event(offset, finish)._replace(request_id=submission.request_id)])
+        news = event(offset, finish)
+        yield pack([news._replace(request_id=submission.request_id, cached_tokens=2 - offset)])
         if target == "a":
             raise ConnectionError("gone")
         await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize(("rate", "counted"), [(12.5, 12.5), (math.inf, 1.0)])
-async def test_a_stream_that_moves_keeps_its_rate(rate, counted):
+async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens(rate, counted):
     replicas = Replicas()
     manager = StreamManager(replicas, failover_timeout_s=5)
-    stream = Stream(manager, "r", (1, 2), SamplingParams(max_tokens=8), rate)
+    stream = Stream(manager, "r", (1, 2), SamplingParams(max_tokens=8), rate, "salt")
     await manager.open(stream)
     tokens = [e.token_id async for batch in stream.batches(0.01) for e in batch]
     assert tokens == [100, 101] and manager.failovers == 1
     assert [s.token_rate for s in replicas.submissions] == [rate, rate]
     assert [s.resumed_ids for s in replicas.submissions] == [(), (100,)]
+    assert [s.cache_salt for s in replicas.submissions] == ["salt", "salt"]
+    assert stream.cached_tokens == 2
     assert replicas.loads == [counted, counted]
     assert not REGISTRY._loads
     for task in manager._tasks:

@@ -77,7 +77,7 @@ def stream(
     sent = 0
 
     def usage() -> dict[str, int]:
-        return usage_body(3, sent)
+        return usage_body(3, sent, 2)
 
     out = made.opening(choices, echo)
     for index, events in batches:
@@ -171,7 +171,12 @@ def test_usage_is_null_until_the_last_chunk_has_it(is_chat):
     assert len(chunks) == (4 if is_chat else 2)
     last = payloads(body)[-1]
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert last["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3,
+        "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
 
 
 @pytest.mark.parametrize("is_chat", [True, False])
@@ -185,6 +190,7 @@ def test_continuous_usage_counts_up_on_every_chunk_with_tokens(is_chat):
     assert all(
         u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages if u
     )
+    assert all(u["prompt_tokens_details"] == {"cached_tokens": 2} for u in usages if u)
 
 
 def test_continuous_usage_alone_adds_no_last_chunk():
@@ -335,7 +341,7 @@ def test_text_offsets_point_into_the_echoed_text(streamed):
 
 def test_a_whole_chat():
     body = answer(call(n=2)).whole(
-        [tokens(1, 2, reason="stop"), tokens(3, reason="length")], usage_body(4, 3)
+        [tokens(1, 2, reason="stop"), tokens(3, reason="length")], usage_body(4, 3, 1)
     )
     parsed = strict(ChatCompletion, body)
     assert [c.message.content for c in parsed.choices] == ["It was", " a"]
@@ -347,6 +353,7 @@ def test_a_whole_chat():
     assert parsed.usage is not None
     assert (parsed.usage.prompt_tokens, parsed.usage.completion_tokens) == (4, 3)
     assert parsed.usage.total_tokens == 7
+    assert parsed.usage.prompt_tokens_details.cached_tokens == 1
 
 
 def test_a_whole_chat_with_logprobs():
@@ -360,8 +367,9 @@ def test_a_whole_chat_with_logprobs():
 def test_a_whole_completion():
     asked = call(is_chat=False, n=2, logprobs=0)
     events = tokens(1, 2, 3, reason="length", logprobs=True)
-    body = answer(asked).whole([events, events], usage_body(1, 6))
+    body = answer(asked).whole([events, events], usage_body(1, 6, 1))
     parsed = strict(Completion, body)
+    assert parsed.usage.prompt_tokens_details.cached_tokens == 1
     assert [(c.index, c.text, c.finish_reason) for c in parsed.choices] == [
         (0, "It was a", "length"),
         (1, "It was a", "length"),
@@ -381,7 +389,7 @@ def test_a_whole_completion_with_echo():
 def test_a_stream_adds_up_to_the_whole(is_chat):
     asked = call(is_chat=is_chat, include_usage=True)
     events = tokens(1, 2, 6, 7, 5, reason="stop")
-    whole = answer(asked).whole([events], usage_body(3, 5))
+    whole = answer(asked).whole([events], usage_body(3, 5, 2))
     data = payloads(stream(asked, *[(0, [event]) for event in events]))
     deltas = [c for d in data for c in d["choices"]]
     if is_chat:

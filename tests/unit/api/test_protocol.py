@@ -122,10 +122,11 @@ def test_delivery_fields_reach_the_call(make):
         stream_options={"include_usage": True, "continuous_usage_stats": True},
         token_rate=33,
         request_id="mine",
+        cache_salt="ours",
         user="someone",
     )
     assert (call.n, call.stream, call.include_usage, call.continuous_usage) == (2, True, True, True)
-    assert (call.token_rate, call.request_id) == (33.0, "mine")
+    assert (call.token_rate, call.request_id, call.cache_salt) == (33.0, "mine", "ours")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,10 @@ def test_null_means_not_given(make):
     nulls = dict.fromkeys(
         [*SAMPLING_FIELDS, "logit_bias", "stop", "stop_token_ids", "n", "stream", "token_rate"]
     )
-    assert make(**nulls, stream_options=None, request_id=None, logprobs=None) == make()
+    assert (
+        make(**nulls, stream_options=None, request_id=None, cache_salt=None, logprobs=None)
+        == make()
+    )
 
 
 def test_unknown_fields_are_ignored():
@@ -290,6 +294,12 @@ def test_an_empty_request_id_is_none():
     assert chat(request_id="x" * 256).request_id == "x" * 256
 
 
+def test_cache_salts_are_taken_up_to_their_limit():
+    assert chat().cache_salt is None
+    assert chat(cache_salt="s" * 256).cache_salt == "s" * 256
+    assert completion(cache_salt="é" * 256).cache_salt == "é" * 256
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 WRONG_TYPES = [
@@ -326,6 +336,10 @@ WRONG_TYPES = [
     ("token_rate", [20]),
     ("request_id", 5),
     ("request_id", "x" * 257),
+    ("cache_salt", ""),
+    ("cache_salt", "x" * 257),
+    ("cache_salt", 5),
+    ("cache_salt", ["x"]),
     ("user", 5),
     ("model", None),
     ("model", 5),
@@ -649,6 +663,7 @@ FULL = {
     "stream": True,
     "stream_options": {"include_usage": True},
     "request_id": "r",
+    "cache_salt": "s",
     "user": "u",
 }
 FULL_COMPLETION = FULL | {"prompt": "x", "echo": True, "logprobs": 2, "best_of": 1, "suffix": None}

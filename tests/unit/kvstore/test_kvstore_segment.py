@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-from tokenflow.kvstore.segment import DATA_OFFSET, Segment, reap_orphans, segment_bytes
+from tokenflow.kvstore.segment import TABLES_OFFSET, Segment, reap_orphans, segment_bytes
 from tokenflow.kvstore.sizing import free_bytes
+from tokenflow.kvstore.tables import Tables
 from tokenflow.replicas.errors import KVStoreError
 
 
@@ -29,7 +30,10 @@ def test_header_and_layout_survive_the_trip_through_the_file(directory):
     assert attached.header.creator_pid == os.getpid()
     assert attached.header.epoch == 7
     assert os.path.basename(created.path) == "tokenflow-kv-a"
-    assert os.stat(created.path).st_size == DATA_OFFSET + 5 * 48
+    header = created.header
+    assert header.data_offset >= TABLES_OFFSET + Tables.nbytes(5, header.max_owners)
+    assert header.data_offset % mmap.PAGESIZE == 0
+    assert os.stat(created.path).st_size == header.file_bytes == header.data_offset + 5 * 48
     assert os.stat(created.path).st_mode & 0o777 == 0o600
 
 
@@ -42,6 +46,58 @@ def test_slots_are_zero_at_first_contiguous_and_shared_without_a_copy(directory)
     assert ours[3].tolist() == list(range(48))
     assert not ours[[0, 1, 2, 4]].any()
     assert ours.data_ptr() % mmap.PAGESIZE == 0
+
+
+def test_the_tables_are_shared_apart_from_the_data_and_zero_at_first(directory):
+    created = make(directory)
+    ours, theirs = created.tables(), Segment.attach(created.path).tables()
+    assert (ours.num_slots, ours.max_owners) == (5, created.header.max_owners)
+    assert not any(column.any() for column in vars(ours).values() if hasattr(column, "any"))
+    for name, column in vars(theirs).items():
+        if hasattr(column, "fill"):
+            column.fill(b"x" if name == "owner_id" else 1)
+    assert ours.state.all() and ours.pins.all() and ours.cells.all() and ours.store.all()
+    assert not created.tensor().any()
+    assert Segment.attach(created.path).header == created.header
+    created.tensor().fill_(255)
+    assert theirs.store.tolist() == [1, 1, 1]
+
+
+def test_tables_outlive_close(directory):
+    segment = make(directory)
+    tables = segment.tables()
+    segment.close()
+    tables.state[:] = 1  # a closed mapping would end the process here
+    assert reap_orphans(directory) == []
+    del tables
+    assert reap_orphans(directory) == [segment.path]
+
+
+def test_a_kernel_that_cannot_prefault_is_no_error(directory, monkeypatch):
+    segment = make(directory)
+    monkeypatch.setattr("tokenflow.kvstore.segment._MADV_POPULATE_WRITE", 12345)  # EINVAL
+    assert not Segment.attach(segment.path).tensor().any()
+
+
+def test_attach_prefaults_every_page_unless_told_not_to(directory):
+    """Counted by the kernel: resident shared memory of this process."""
+
+    def resident():
+        with open("/proc/self/smaps_rollup") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Rss:")) << 10
+
+    size = 64 << 20
+    segment = make("/dev/shm", f"test-fault-{os.getpid()}", slot_bytes=size, num_slots=1)
+    try:
+        before = resident()
+        lazy = Segment.attach(segment.path, prefault=False)
+        assert resident() - before < size / 2
+        eager = Segment.attach(segment.path)
+        assert resident() - before > size / 2
+        lazy.close()
+        eager.close()
+    finally:
+        segment.unlink()
 
 
 def test_a_slot_can_be_viewed_as_a_block_of_another_dtype(directory):
@@ -130,7 +186,7 @@ def test_attach_refuses_what_is_not_a_finished_segment(directory):
 
 def test_attach_refuses_another_version_and_a_truncated_file(directory):
     segment = make(directory)
-    os.truncate(segment.path, DATA_OFFSET + 1)
+    os.truncate(segment.path, segment.header.data_offset + 1)
     with pytest.raises(KVStoreError, match="truncated"):
         Segment.attach(segment.path)
     with open(segment.path, "r+b") as file:
@@ -148,7 +204,7 @@ def test_the_reaper_takes_orphans_of_its_prefix_only(directory):
     elsewhere.close()
     stranger = os.path.join(directory, "something-else")
     open(stranger, "wb").close()
-    assert segment_bytes(directory, "tokenflow-kv-node1-") == 2 * (DATA_OFFSET + 5 * 48)
+    assert segment_bytes(directory, "tokenflow-kv-node1-") == 2 * live.header.file_bytes
     assert reap_orphans(directory, "tokenflow-kv-node1-") == [dead.path]
     assert reap_orphans(directory) == [elsewhere.path]
     assert sorted(os.listdir(directory)) == sorted([os.path.basename(live.path), "something-else"])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tokenflow.cluster.api.errors import INTERNAL_MESSAGE
 from tokenflow.cluster.api.protocol import Call, Message, Sampling, build_sampling
+from tokenflow.cluster.generation import Usage
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, response_from, status_of
@@ -249,6 +250,22 @@ def test_long_request_ids_are_refused_as_over_http():
     assert refusal(pb.GenerateRequest(text="x", request_id="x" * 257)).param == "request_id"
 
 
+def test_cache_salts_have_the_limit_of_http():
+    assert convert(pb.GenerateRequest(text="x")).cache_salt is None
+    assert convert(pb.GenerateRequest(text="x", cache_salt="é" * 256)).cache_salt == "é" * 256
+    error = refusal(pb.GenerateRequest(text="x", cache_salt="x" * 257))
+    assert error.param == "cache_salt"
+    assert status_of(error) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "cache_salt may have at most 256 characters.",
+    )
+
+
+def test_what_was_added_keeps_its_place_on_the_wire():
+    assert pb.GenerateRequest.FromString(b"\x4a\x01s") == pb.GenerateRequest(cache_salt="s")
+    assert pb.Usage.FromString(b"\x18\x05") == pb.Usage(cached_tokens=5)
+
+
 # -- responses ------------------------------------------------------------------------------------
 
 
@@ -272,15 +289,15 @@ def test_a_response_in_the_middle_of_a_stream():
 
 
 def test_the_last_response_has_the_finish_reason_and_the_usage():
-    message = response_from("mine", [event(0, 0, "", finish_reason="stop")], (7, 1))
+    message = response_from("mine", [event(0, 0, "", finish_reason="stop")], Usage(7, 1, 4))
     assert message.finish_reason == "stop"
     assert list(message.token_ids) == [0]
-    assert (message.usage.prompt_tokens, message.usage.completion_tokens) == (7, 1)
-    assert response_from("mine", [event(0, 5, "x")], (0, 0)).HasField("usage")
+    assert message.usage == pb.Usage(prompt_tokens=7, completion_tokens=1, cached_tokens=4)
+    assert response_from("mine", [event(0, 5, "x")], Usage(0, 0, 0)).HasField("usage")
 
 
 def test_an_end_without_a_token_keeps_the_offset():
-    alone = response_from("mine", [event(9, -1, "tail", finish_reason="length")], (1, 9))
+    alone = response_from("mine", [event(9, -1, "tail", finish_reason="length")], Usage(1, 9, 0))
     assert (alone.offset, list(alone.token_ids), alone.text) == (9, [], "tail")
     assert list(alone.generated_at_unix_s) == []
     after = response_from("mine", [event(8, 3, "x"), event(9, -1, "", finish_reason="stop")], None)

@@ -8,7 +8,14 @@ import pytest
 
 from tests.support.views import NO_READER, RUNNING, sequence, taught, view
 from tokenflow.replicas.request import FIRST_REFERENCE
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity, reference_rate
+from tokenflow.replicas.scheduler.capacity import (
+    LOAD_FACTOR,
+    Load,
+    assess,
+    capacity,
+    reference_rate,
+    unpromised,
+)
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.tracker import Tracker
 
@@ -92,3 +99,38 @@ def test_readers_who_want_everything_leave_a_floor():
     cost = taught(per_sequence=0.01)
     greedy = [sequence(f"{i}", rate=50.0, max_tokens=100) for i in range(8)]
     assert reference_rate(tracker_of(*elastic("a"), *greedy), cost, 100_000, 64) == 1.0
+
+
+def readers(count: int, rate: float) -> list:
+    return [sequence(f"r{i}", rate=rate, max_tokens=100, arrival_s=float(i)) for i in range(count)]
+
+
+def test_what_fits_into_the_limit_in_order_of_arrival_is_promised():
+    tracker = tracker_of(*readers(5, 10.0)[::-1])
+    assert unpromised(tracker, 50.0) is None
+    assert unpromised(tracker, 49.0).tolist() == [True, False, False, False, False]
+    assert unpromised(tracker, 25.0).tolist() == [True, True, True, False, False]
+    # The first one is served whatever it asks for.
+    assert unpromised(tracker, 1.0).tolist() == [True, True, True, True, False]
+
+
+def test_consumers_that_are_no_readers_are_promised_nothing_and_ask_for_nothing():
+    tracker = tracker_of(*elastic("a", "b"), *readers(2, 10.0))
+    assert unpromised(tracker, 20.0) is None
+
+
+def test_the_load_is_what_readers_ask_for_beside_what_can_be_made():
+    cost = taught(fixed=0.1)
+    calm = assess(tracker_of(*readers(4, 9.0)), cost, 100_000, 64)
+    # Four in 0.1 s: 40 tokens/s, of which 36.8 may be promised.
+    assert calm == Load(pytest.approx(40.0, rel=1e-3))
+    crowded = assess(tracker_of(*readers(4, 12.0)), cost, 100_000, 64)
+    assert crowded == Load(pytest.approx(40.0, rel=1e-3), parked=1, overloaded=True)
+    # One reader who is too fast is overload too, though nobody has to wait for the others.
+    assert assess(tracker_of(*readers(1, 20.0)), cost, 100_000, 64) == Load(
+        pytest.approx(10.0, rel=1e-3), parked=0, overloaded=True
+    )
+
+
+def test_nothing_known_is_no_overload():
+    assert assess(tracker_of(*readers(4, 1e6)), CostModel(), 400, 64) == Load(math.inf)

@@ -22,6 +22,7 @@ from tests.support.views import (
     view,
 )
 from tokenflow.replicas.request import Sequence, State
+from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View
 from tokenflow.replicas.scheduler.slack import SlackParams, SlackPolicy
 
@@ -273,6 +274,16 @@ def test_a_held_stream_makes_room_for_one_that_lacks_a_refill():
 def test_a_stream_that_still_gains_is_not_displaced_by_a_refill():
     lacks = off("calm", 1.4, max_tokens=200)
     assert victims(plan(view(running("rich", 6.0), lacks))) == []
+
+
+def test_a_tenth_is_of_the_output_that_is_expected_not_of_the_limit():
+    # 60 tokens ahead of 10,000 are little; of the 100 that outputs have here they are much.
+    ended = OutputLengths()
+    for _ in range(100):
+        ended.observe(100, ended=True)
+    streams = [running("ahead", 6.0, max_tokens=10_000), running("thin", 0.5), off("away", 5.0)]
+    assert set(batch(plan(view(*streams)))) == {"ahead", "thin"}
+    assert batch(plan(view(*streams, lengths=ended))) == {"thin": 1}
 
 
 # -- what the readers leave -------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""The node's KV store dies under load: streams do not notice, and what it had is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import openai
+import pytest
+import ray
+
+from tests.support.processes import processes_of
+
+pytestmark = pytest.mark.cluster
+
+TOKENS = 120
+
+
+def store_pids() -> list[int]:
+    node = ray._private.worker.global_worker.node
+    return [
+        pid
+        for pid, command in processes_of(node.get_session_dir_path()).items()
+        if command.startswith("ray::KVStoreActor")
+    ]
+
+
+async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(server):
+    client = openai.AsyncOpenAI(
+        base_url=server.base_url, api_key="none", max_retries=0, timeout=120
+    )
+    started = asyncio.Semaphore(0)
+
+    async def one(i: int, salt: str) -> tuple[str, int]:
+        """(text, cached prompt tokens)"""
+        stream = await client.completions.create(
+            model=server.model,
+            prompt=f"Chapter {i % 4}. It was late in the year, and the house was quiet when",
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True, "token_rate": 15, "cache_salt": salt},
+        )
+        text, cached, chunks = "", -1, 0
+        async for chunk in stream:
+            if chunk.choices:
+                text += chunk.choices[0].text
+                chunks += 1
+                if chunks == 2:
+                    started.release()
+            if chunk.usage:
+                assert chunk.usage.completion_tokens == TOKENS
+                cached = chunk.usage.prompt_tokens_details.cached_tokens
+        return text, cached
+
+    alone = [await one(i, "alone") for i in range(4)]
+    (pid,) = store_pids()
+    started = asyncio.Semaphore(0)
+    streams = [asyncio.create_task(one(i, f"{i}")) for i in range(16)]
+    for _ in range(16):
+        await asyncio.wait_for(started.acquire(), 60)
+    pinned = server.metric("tokenflow_store_slots", state="pinned")
+    assert pinned > 0
+    os.kill(pid, signal.SIGKILL)
+    texts = await asyncio.gather(*streams)
+    assert [text for text, _ in texts] == [text for text, _ in alone] * 4
+    assert server.metric("tokenflow_store_lost") == 0
+    deadline = time.monotonic() + 30
+    while not set(store_pids()) - {pid}:
+        assert time.monotonic() < deadline, "the store did not come back"
+        await asyncio.sleep(0.1)
+    server.wait_idle()
+    slots = {
+        state: server.metric("tokenflow_store_slots", state=state)
+        for state in ("free", "leased", "pinned", "cached")
+    }
+    assert slots["pinned"] == 0, "holds outlived their requests"
+    assert slots["cached"] > 0, "the blocks did not outlive their store"
+    # What was committed before, and while nobody was there, is found again.
+    again = await one(1, "1")
+    assert again[0] == alone[1][0]
+    assert again[1] > 0
+    assert server.metric("tokenflow_corrupt_blocks_total") == 0
+    await client.close()

@@ -1,0 +1,115 @@
+"""Copies of blocks: the right bytes in the right places, and faults reported."""
+
+import random
+
+import pytest
+import torch
+import xxhash
+
+from tokenflow.replicas.errors import KVStoreError
+from tokenflow.replicas.executor.block_copies import CopyThread, runs
+
+SIZE = 4096
+
+
+@pytest.fixture
+def memory():
+    generator = torch.Generator().manual_seed(1)
+    device, host = (
+        torch.randint(0, 256, (40, SIZE), generator=generator, dtype=torch.uint8) for _ in range(2)
+    )
+    return device, host
+
+
+@pytest.fixture
+def copies(memory):
+    thread = CopyThread(*memory)
+    yield thread
+    thread.close()
+
+
+def wait(copies, reports=1):
+    done = []
+    while len(done) < reports:
+        done += copies.poll(5.0)
+    return done
+
+
+def test_neighbours_on_both_sides_are_joined():
+    pairs = [(3, 7), (4, 8), (5, 9), (7, 10), (8, 12), (9, 13), (2, 14)]
+    assert list(runs(pairs)) == [(3, 7, 3), (7, 10, 1), (8, 12, 2), (2, 14, 1)]
+    assert list(runs([])) == []
+
+
+def test_runs_cover_every_pair_once():
+    rng = random.Random(2)
+    for _ in range(200):
+        pairs = [(rng.randrange(4), rng.randrange(4)) for _ in range(rng.randrange(8))]
+        covered = [(a + i, b + i) for a, b, n in runs(pairs) for i in range(n)]
+        assert covered == pairs
+
+
+def test_blocks_go_both_ways(memory, copies):
+    device, host = memory
+    before = host.clone()
+    rng = random.Random(3)
+    out = list(zip(rng.sample(range(40), 12), rng.sample(range(40), 12), strict=True))
+    out += [(36, 30), (37, 31), (38, 32)] if not {30, 31, 32} & {s for _, s in out} else []
+    first = copies.to_host(out)
+    done, summed = wait(copies, 2)
+    assert (done.job_id, done.error, done.checksums) == (first, None, None)
+    assert done.seconds > 0
+    for block, slot in out:
+        assert torch.equal(host[slot], device[block])
+    untouched = [s for s in range(40) if s not in {slot for _, slot in out}]
+    assert torch.equal(host[untouched], before[untouched])
+    assert summed.job_id == first
+    assert summed.checksums == tuple(
+        xxhash.xxh3_64_intdigest(device[block].numpy()) for block, _ in out
+    )
+    wanted = [host[slot].clone() for _, slot in out]
+    back = [(slot, i) for i, (_, slot) in enumerate(out)]
+    second = copies.to_device(back, summed.checksums)
+    (done,) = wait(copies)
+    assert (done.job_id, done.error, done.corrupt) == (second, None, ())
+    for i, content in enumerate(wanted):
+        assert torch.equal(device[i], content)
+
+
+def test_one_flipped_bit_is_found_where_it_is_looked_for(memory, copies):
+    _, host = memory
+    sums = [xxhash.xxh3_64_intdigest(host[i].numpy()) for i in range(4)]
+    host[1, 77] ^= 1
+    host[3, 5] ^= 128
+    pairs = [(i, i) for i in range(4)]
+    copies.to_device(pairs, sums)
+    copies.to_device(pairs, [sums[0], None, sums[2], sums[3]])
+    copies.to_device(pairs, ())
+    assert [done.corrupt for done in wait(copies, 3)] == [(1, 3), (3,), ()]
+
+
+def test_a_copy_from_or_to_nowhere_is_an_error_and_the_next_one_runs(memory, copies):
+    device, host = memory
+    copies.to_host([(0, 40)])
+    copies.to_device([(-1, 3)], ())
+    copies.to_host([(5, 6)])
+    done = wait(copies, 4)
+    assert [type(d.error) for d in done] == [IndexError, IndexError, type(None), type(None)]
+    assert torch.equal(host[6], device[5])
+
+
+def test_without_host_memory_the_error_says_so(memory):
+    copies = CopyThread(memory[0], None)
+    with pytest.raises(KVStoreError, match="no host memory"):
+        copies.to_host([(0, 0)])
+    copies.close()
+
+
+def test_copies_go_before_checksums_but_those_come_all(memory, copies):
+    jobs = [copies.to_host([(i % 40, i % 40)]) for i in range(600)]
+    done = wait(copies, 1200)
+    copied = [d.job_id for d in done if d.checksums is None]
+    summed = [d.job_id for d in done if d.checksums is not None]
+    assert copied == summed == jobs
+    # However many copies wait, some of the checksums come in between.
+    assert done.index(next(d for d in done if d.job_id == jobs[0] and d.checksums)) < 600
