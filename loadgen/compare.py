@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokenflow.loadgen.figures import METRICS
+from tokenflow.loadgen.catalogue import METRICS
 from tokenflow.loadgen.intervals import Interval, bootstrap, difference
 from tokenflow.loadgen.report import Report, RequestRow
 from tokenflow.loadgen.tables import number, unit

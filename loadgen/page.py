@@ -6,8 +6,8 @@ from collections.abc import Sequence as Seq
 from html import escape
 
 from tokenflow.loadgen import pictures
+from tokenflow.loadgen.catalogue import METRICS
 from tokenflow.loadgen.compare import COMPARED, Change, bounds, compare, percent, titled
-from tokenflow.loadgen.figures import METRICS
 from tokenflow.loadgen.report import Curve, Report
 from tokenflow.loadgen.tables import PART_COLUMNS, SECTIONS, estimate, number, unit
 

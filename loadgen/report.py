@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tokenflow.loadgen.catalogue import METRICS
 from tokenflow.loadgen.description import Description
 from tokenflow.loadgen.figures import (
-    METRICS,
     Figures,
     Objectives,
     by_length,

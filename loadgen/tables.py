@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokenflow.loadgen.figures import METRICS
+from tokenflow.loadgen.catalogue import METRICS
 from tokenflow.loadgen.report import Estimate, Report
 
 SECTIONS: dict[str, tuple[str, ...]] = {

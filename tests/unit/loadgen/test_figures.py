@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from tokenflow.loadgen.catalogue import METRICS
 from tokenflow.loadgen.figures import (
-    METRICS,
     Objectives,
     by_length,
     by_rate,
