@@ -180,6 +180,9 @@ def _readers(i: int, report: Report, *, several: bool) -> str:
         _figure("In the system", "Grey waits for a first token, green streams; red line: dry.",
                 pictures.queue(repeat)),
     ]  # fmt: skip
+    own_words = pictures.gauges(repeat)
+    if own_words:
+        charts.append(_figure("The server's own word", "Its gauges, once a second.", own_words))
     picks = {}
     if order:
         picks = {"Worst": order[0], "Median": order[len(order) // 2], "Best": order[-1]}

@@ -9,6 +9,7 @@ from tokenflow.loadgen.charts import WIDTH, Chart, distribution
 from tokenflow.loadgen.report import Curve, Repeat, Report
 
 _ROW_CURVES = 60
+GAUGE_STYLES = {"waiting": "s1", "running": "s2", "preempted": "s3"}
 
 
 def style(i: int) -> str:
@@ -164,6 +165,26 @@ def queue(repeat: Repeat) -> str:
         list(zip(at, total, strict=True)), flowing, "waits", hint="waiting for a first token"
     )
     chart.line(list(zip(at, line["dry"], strict=True)), "dry", hint="readers that sit dry")
+    return chart.svg()
+
+
+def gauges(repeat: Repeat) -> str:
+    """What the server itself says that waits, runs and is preempted, over time; "" if nothing."""
+    at = repeat.server.get("at_s", [])
+    lines = {name: own for name, own in repeat.server.items() if name != "at_s"}
+    if len(at) < 2 or not lines:
+        return ""
+    chart = Chart(
+        (0, at[-1]),
+        (0, max(max(own) for own in lines.values()) * 1.1),
+        x_label="seconds",
+        y_label="requests",
+        title="The server's own gauges over time",
+    )
+    for name, own in lines.items():
+        points = list(zip(at, own, strict=True))
+        chart.line(points, GAUGE_STYLES[name], hint=name)
+        chart.text(*points[len(points) // 2], name)
     return chart.svg()
 
 

@@ -97,6 +97,9 @@ class Repeat(_Part):
     requests: list[RequestRow]
     timeline: dict[str, list[float]]
     curves: list[Curve]
+    server: dict[str, list[float]] = Field(
+        default={}, description="Its own gauges once a second: at_s, waiting, running, preempted."
+    )
 
 
 class Estimate(_Part):
@@ -128,9 +131,14 @@ class Report(_Part):
 
 
 def make_repeat(
-    records: Seq[StreamRecord], workload: Workload, seed: int, goals: Objectives, begun_at: str
+    records: Seq[StreamRecord],
+    workload: Workload,
+    seed: int,
+    goals: Objectives,
+    begun_at: str,
+    server: dict[str, list[float]] | None = None,
 ) -> Repeat:
-    """Raises ValueError without records."""
+    """`server` are its gauges. Raises ValueError without records."""
     begun, end = span(records)
     rows = []
     for record in records:
@@ -166,6 +174,7 @@ def make_repeat(
         requests=rows,
         timeline=timeline(records),
         curves=_curves(records, rows, begun),
+        server=server or {},
     )
 
 

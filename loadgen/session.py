@@ -19,6 +19,7 @@ from tokenflow.loadgen.folder import RunFolder
 from tokenflow.loadgen.live import Watcher, watch
 from tokenflow.loadgen.report import Repeat, Report, make_repeat, make_report, utc_now
 from tokenflow.loadgen.runner import Run
+from tokenflow.loadgen.server_gauges import GaugeRecorder
 from tokenflow.loadgen.targets.base import Clock, Opened, Target
 from tokenflow.loadgen.workload import Workload, make_workload
 
@@ -91,11 +92,13 @@ class Session:
         for seed, workload in self._workloads:
             if self._folder is not None:
                 self._folder.begin(seed, workload)
-            records = target.run(workload)
+            records, series = target.run(workload)
             for record in records:
                 if self._folder is not None:
                     self._folder.add(record)
-            self._keep(make_repeat(records, workload, seed, self.description.objectives, utc_now()))
+            self._keep(
+                make_repeat(records, workload, seed, self.description.objectives, utc_now(), series)
+            )
 
     def report(self, *, complete: bool = True, command: Seq[str] = ()) -> Report:
         """Of the repeats so far. Raises ValueError when there is none."""
@@ -119,6 +122,8 @@ class Session:
             clock=self._clock,
         )
         begun_at = utc_now()
+        gauges = GaugeRecorder(target.sample, self._clock)
+        sampling = asyncio.create_task(gauges.run())
         running = asyncio.create_task(run.run())
         try:
             if self._console is not None:
@@ -129,12 +134,12 @@ class Session:
             await asyncio.gather(running, return_exceptions=True)
             raise
         finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
             if run.records:
-                self._keep(
-                    make_repeat(
-                        run.in_order(), workload, seed, self.description.objectives, begun_at
-                    )
-                )
+                goals = self.description.objectives
+                series = gauges.series(run.begun_s or 0.0)
+                self._keep(make_repeat(run.in_order(), workload, seed, goals, begun_at, series))
 
     def _keep(self, repeat: Repeat) -> None:
         if self._folder is not None:

@@ -58,6 +58,10 @@ class Target(Protocol):
     def asked(self, built: Any) -> str:
         """The text of a request that was built, for the turns after it."""
 
+    async def sample(self) -> dict[str, float] | None:
+        """How many requests wait, run and are preempted there now, by the target's own word; None
+        where it has none."""
+
     async def close(self) -> None: ...
 
 

@@ -92,6 +92,15 @@ class EngineTarget:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.stop)
 
+    async def sample(self) -> dict[str, float] | None:
+        assert self._loop is not None
+        stats = self._loop.stats
+        return {
+            "waiting": stats.now_waiting,
+            "running": stats.now_running,
+            "preempted": stats.now_preempted,
+        }
+
     def build(self, ask: Ask) -> Any:
         if self._content == "ids":
             return id_prompt(ask, self._vocab_size)

@@ -58,6 +58,9 @@ class GrpcTarget:
         if self._channel is not None:
             await self._channel.close()
 
+    async def sample(self) -> dict[str, float] | None:
+        return None
+
     def build(self, ask: Ask) -> Any:
         if self._content == "ids":
             return id_prompt(ask, self._vocab_size)

@@ -15,12 +15,14 @@ from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urljoin
 
 import aiohttp
 
 from tokenflow.loadgen.description import OpenAIServer
 from tokenflow.loadgen.metrics import StreamRecord
 from tokenflow.loadgen.prompts import id_prompt, load_tokenizer, text_prompt
+from tokenflow.loadgen.server_gauges import read_gauges
 from tokenflow.loadgen.targets.base import Behaver, Clock, Opened, TargetError, Turn
 from tokenflow.loadgen.targets.counting import TokenCounter
 from tokenflow.loadgen.workload import Ask
@@ -29,6 +31,7 @@ _SHOWN_CHARS = 250
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TOKENS = 2
 _PROBE_TIMEOUT_S = 120.0
+_SAMPLE_TIMEOUT_S = 5.0
 _EVENT_BUFFER_BYTES = 1 << 18
 _KEEP_IDLE_S = 4.0
 """Servers close idle connections, uvicorn after 5 s; one that is closed must not be used again."""
@@ -80,6 +83,7 @@ class OpenAITarget:
         self._session: aiohttp.ClientSession | None = None
         self._estimates = False
         """Whether the server counted the last answer's tokens at its end only."""
+        self._metrics_url = urljoin(server.url, "/metrics")
         chat = server.endpoint == "chat"
         self._url = f"{server.url}/chat/completions" if chat else f"{server.url}/completions"
 
@@ -108,6 +112,17 @@ class OpenAITarget:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+    async def sample(self) -> dict[str, float] | None:
+        assert self._session is not None
+        try:
+            async with (
+                asyncio.timeout(_SAMPLE_TIMEOUT_S),
+                self._session.get(self._metrics_url) as response,
+            ):
+                return read_gauges(await response.text(errors="replace"))
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
 
     # -- requests -------------------------------------------------------------------------------
 

@@ -36,9 +36,9 @@ class SimulatorTarget:
     def opened(self) -> Opened:
         return self._opened
 
-    def run(self, workload: Workload) -> list[StreamRecord]:
-        """Serve it to the end; records in the order of the workload. Raises ConfigError when a
-        request does not fit into the machine's memory."""
+    def run(self, workload: Workload) -> tuple[list[StreamRecord], dict[str, list[float]]]:
+        """Serve it to the end: records in the order of the workload, and the engine's gauges once a
+        second. Raises ConfigError when a request does not fit into the machine's memory."""
         asks = sorted(workload.asks, key=lambda ask: ask.at_s)
         rows = tuple(
             TraceRow(ask.at_s, ask.prompt_tokens, ask.output_tokens, ask.index + 1) for ask in asks
@@ -56,4 +56,7 @@ class SimulatorTarget:
             record.sent_s = record.intended_s
             record.prompt_tokens = ask.prompt_tokens
             record.generated = record.token_times()
-        return sorted(outcome.records, key=lambda record: record.index)
+        columns = zip(*outcome.samples, strict=True)
+        names = ("at_s", "waiting", "running", "preempted")
+        series = {name: list(map(float, own)) for name, own in zip(names, columns, strict=False)}
+        return sorted(outcome.records, key=lambda record: record.index), series

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.cluster_fixture import Server
-from tokenflow.loadgen.description import load_description
+from tokenflow.loadgen.description import OpenAIServer, load_description
 from tokenflow.loadgen.session import Session
+from tokenflow.loadgen.targets.openai import OpenAITarget
 
 pytestmark = pytest.mark.cluster
 
@@ -36,3 +37,12 @@ async def test_a_small_burst(server: Server, door: str):
     assert (figures["failed"], figures["tokens"]) == (0, 240)
     assert 0 < figures["generated_effective_tok_s"] <= figures["raw_tok_s"]
     assert figures["prompt_tokens"] >= 6 * 20
+
+
+async def test_the_servers_own_gauges(server: Server):
+    target = OpenAITarget(OpenAIServer(url=server.url), probe=False)
+    await target.open()
+    try:
+        assert set(await target.sample() or {}) == {"waiting", "running", "preempted"}
+    finally:
+        await target.close()

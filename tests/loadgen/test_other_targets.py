@@ -94,7 +94,9 @@ def test_the_simulator_takes_a_workload_as_it_is():
         readers=[{"token_rate": 10}, {"token_rate": "max"}],
     )
     workload = make_workload(description, 1)
-    records = SimulatorTarget(description.target).run(workload)
+    records, series = SimulatorTarget(description.target).run(workload)
+    assert set(series) == {"at_s", "waiting", "running", "preempted"}
+    assert series["at_s"] == sorted(series["at_s"]) and max(series["running"]) > 0
     for own, record in zip(workload.asks, records, strict=True):
         assert (record.index, record.tokens) == (own.index, own.output_tokens)
         assert (record.token_rate, record.prompt_tokens) == (own.token_rate, own.prompt_tokens)

@@ -305,6 +305,17 @@ def test_no_reports_are_no_page():
         page([])
 
 
+def test_the_servers_gauges_are_drawn_where_there_are_some():
+    made = report("a")
+    assert "The server's own word" not in Page(page([made])).text
+    made.repeats[0].server = {"at_s": [0, 1, 2], "waiting": [0, 9, 3], "preempted": [0, 1, 0]}
+    text = page([made])
+    assert "The server's own word" in Page(text).text
+    assert (
+        ">waiting</text>" in text and ">preempted</text>" in text and ">running</text>" not in text
+    )
+
+
 CURVE = Curve(
     index=0, token_rate=10.0, intended_s=1.0, andes_qoe=1.0, points=[(2.0, 1), (2.1, 5), (4.0, 6)]
 )
