@@ -111,7 +111,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, name: str, log: Path) -> N
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        # Not an interrupt: in the background of a shell that is ignored.
+        process.terminate()
         try:
             process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
