@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -41,6 +42,8 @@ _LATE_OF_GAP = 0.01
 _FEW_FOR_P99 = 100
 _SHORT = "under 32"
 _MOST_ERRORS = 20
+_FOLDERS = re.compile(r"(?:^|(?<=[:=,]))(?:/[^/,=:]+)*/(?=[^/])")
+"""The folders of an absolute path, at the start of a word or of a part of it."""
 
 
 class _Part(BaseModel):
@@ -194,7 +197,7 @@ def make_report(
         created_at=utc_now(),
         command=list(command),
         target=opened.name,
-        model=opened.model,
+        model=without_folders(opened.model),
         notes=opened.notes,
         complete=complete,
         machine={
@@ -206,7 +209,7 @@ def make_report(
             "python": platform.python_version(),
             **{name: version(name) for name in ("tokenflow-serve", "aiohttp", "numpy")},
         },
-        description=description.model_dump(mode="json"),
+        description=without_folders(description.model_dump(mode="json")),
         summary=summary_of([repeat.figures for repeat in repeats]),
         warnings=warnings_of(repeats, description),
         repeats=repeats,
@@ -289,8 +292,21 @@ def utc_now() -> str:
 
 
 def command_line() -> list[str]:
-    """As it was typed, but for the path of the program."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """As it was typed, but for folders."""
+    return [without_folders(word) for word in sys.argv]
+
+
+def without_folders(value: Any) -> Any:
+    """The same with every absolute path cut to its last part, since reports travel and folders do
+    not. Goes into lists and mappings."""
+    match value:
+        case str() if "://" not in value:
+            return _FOLDERS.sub("", value)
+        case dict():
+            return {key: without_folders(own) for key, own in value.items()}
+        case list():
+            return [without_folders(own) for own in value]
+    return value
 
 
 def _rate(rate: float) -> float | Literal["max"]:

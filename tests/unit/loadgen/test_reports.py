@@ -24,6 +24,7 @@ from tokenflow.loadgen.report import (
     load_report,
     make_repeat,
     make_report,
+    without_folders,
 )
 from tokenflow.loadgen.tables import whole
 from tokenflow.loadgen.targets.base import Opened
@@ -83,6 +84,22 @@ def test_a_report_comes_back_from_its_file(tmp_path):
     made = report("a", (0.5, 0.6))
     (tmp_path / "report.json").write_text(made.model_dump_json())
     assert load_report(tmp_path) == load_report(tmp_path / "report.json") == made
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/usr/bin/tokenflow", "tokenflow"),
+        ("trace:/data/a b/t.csv,time_scale=0.1", "trace:t.csv,time_scale=0.1"),
+        ("--out=/home/me/x", "--out=x"),
+        ("http://h:8000/v1/x", "http://h:8000/v1/x"),
+        ("runs/a/b", "runs/a/b"),
+        ("normal:512,128", "normal:512,128"),
+        ("/tmp/folder/", "folder/"),
+    ],
+)
+def test_reports_name_no_folders(word, shown):
+    assert without_folders({"a": [word, 3]}) == {"a": [shown, 3]}
 
 
 def test_the_summary_is_the_mean_of_the_repeats():
