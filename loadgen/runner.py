@@ -11,7 +11,8 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenflow.loadgen.description import ClosedLoop
@@ -22,6 +23,22 @@ from tokenflow.loadgen.workload import Ask, Workload
 _LEAD_S = 0.1
 """The first request is due this long after all have been built."""
 INTERRUPTED = "the benchmark was interrupted"
+_GC_THRESHOLDS = (20_000, 100, 1_000_000)
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Python's garbage collection without its long pauses, in which all streams would stand still:
+    what exists is left alone, and of what comes only the young is looked through."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 class Run:
@@ -59,15 +76,13 @@ class Run:
             ask.index: self._target.build(ask) for turns in self._sessions for ask in turns
         }
         self.begun_s = self._clock() + _LEAD_S
-        # A collection of everything that was built would hold up all streams at once.
-        gc.collect()
-        gc.freeze()
         try:
-            async with asyncio.TaskGroup() as group:
-                if self._closed_loop is None:
-                    await self._open_loop(group)
-                else:
-                    self._start_users(group, self._closed_loop)
+            with short_collections():
+                async with asyncio.TaskGroup() as group:
+                    if self._closed_loop is None:
+                        await self._open_loop(group)
+                    else:
+                        self._start_users(group, self._closed_loop)
         except BaseException:
             now = self._clock()
             for record in self.records:
@@ -76,8 +91,6 @@ class Run:
                 if record.finish_reason is None and record.error is None:
                     record.error = INTERRUPTED
             raise
-        finally:
-            gc.unfreeze()
         return self.in_order()
 
     def in_order(self) -> list[StreamRecord]:

@@ -23,7 +23,7 @@ from tokenflow.loadgen import virtual_time
 from tokenflow.loadgen.description import Description, OpenAIServer, load_description
 from tokenflow.loadgen.figures import Figures, figures
 from tokenflow.loadgen.metrics import StreamRecord, percentile
-from tokenflow.loadgen.runner import Run
+from tokenflow.loadgen.runner import Run, short_collections
 from tokenflow.loadgen.stub import MODEL, Script, StubServer, paced
 from tokenflow.loadgen.targets.openai import OpenAITarget
 from tokenflow.loadgen.workload import Ask, Workload
@@ -277,4 +277,5 @@ def _serve(pipe: Connection, load: Load, first_s: float) -> None:
             pipe.send(url)
             await asyncio.to_thread(pipe.recv)
 
-    asyncio.run(serve())
+    with short_collections():
+        asyncio.run(serve())
