@@ -124,7 +124,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _ours(setup: Setup, port: int) -> tuple[list[str], dict[str, str], str]:
     config = {
         "model": {"path": str(setup.checkpoint), "served_name": MODEL},
-        "engine": {"kv_tokens": setup.kv_tokens, "dtype": setup.dtype, **setup.engine},
+        "engine": {
+            "kv_tokens": setup.kv_tokens,
+            "dtype": setup.dtype,
+            "prefix_cache": False,
+            **setup.engine,
+        },
         "kvstore": {"host_kv_gib": setup.host_kv_gib},
         "ingress": {"port": port, "grpc_port": _port()},
     }
