@@ -29,6 +29,7 @@ from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 from tokenflow.replicas.stats import EngineStats
 from tokenflow.replicas.text import TextStream
 from tokenflow.replicas.transfers import HostSlots
+from tokenflow.replicas.write_through import WriteThrough
 
 logger = logging.getLogger("tokenflow.engine")
 
@@ -92,6 +93,9 @@ class Engine:
             tracker=self.tracker,
             cost=self.cost,
             stats=self.stats,
+        )
+        self._write_through = WriteThrough(
+            self.kv, self.tracker, self.cost, self.stats, executor.layout.block_bytes
         )
         self._sequences: dict[str, Sequence] = {}
         self._text: dict[str, TextStream] = {}
@@ -217,7 +221,7 @@ class Engine:
             batch = self._force_progress() if complete else self._whoever_can()
         config = self.config
         if self.policy.write_through and config.write_through and config.offload:
-            kv.write_through(batch)
+            self._write_through.start(batch)
         if not batch:
             return self.refresh_stats()
         self._run(batch)

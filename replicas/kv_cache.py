@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from tokenflow.replicas.block_pool import BlockPool
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.executor.base import CopyDone, Executor
@@ -28,10 +26,6 @@ from tokenflow.replicas.transfers import Copy, HostSlots, Job, Kind, Transfers
 
 logger = logging.getLogger("tokenflow.engine")
 
-_FIRST_CHUNK_BLOCKS = 4
-"""Blocks copied beside a step while the link's speed is unknown."""
-_BUFFER_APART_S = 2.0
-"""One copy gives way to another only if the readers' buffers are so far apart."""
 _CHUNK_BLOCKS = 32
 """Most blocks of one offload or load job: blocks become free, and usable, chunk by chunk."""
 
@@ -146,19 +140,19 @@ class KVCache:
         if not self._config.prefix_cache:
             return []
         blocks = (len(seq.tokens) - 1) // self.block_size
-        return self._keys(seq, blocks)[:blocks]
+        return self.keys(seq, blocks)[:blocks]
 
-    def _keys(self, seq: Sequence, blocks: int) -> list[bytes]:
+    def keys(self, seq: Sequence, blocks: int) -> list[bytes]:
         """Its keys: at least those of its first `blocks` blocks."""
         if len(seq.keys) < blocks:
             extend_keys(seq.keys, seq.root, seq.tokens, self.block_size, blocks)
         return seq.keys
 
-    def _key(self, seq: Sequence, index: int, full: int) -> bytes | None:
+    def key(self, seq: Sequence, index: int, full: int) -> bytes | None:
         """Key of a block if it is one of the first `full` ones and may be shared."""
         if not self._config.prefix_cache or index >= full:
             return None
-        return self._keys(seq, index + 1)[index]
+        return self.keys(seq, index + 1)[index]
 
     # -- onto the device ------------------------------------------------------------------------
 
@@ -216,7 +210,7 @@ class KVCache:
         cached: list[int] = []
         if self._config.prefix_cache:
             full = seq.num_computed // self.block_size
-            cached = self.pool.match(self._keys(seq, full)[:full])
+            cached = self.pool.match(self.keys(seq, full)[:full])
         need = self._blocks_to_hold(seq) - len(cached)
         ready = min(need, self.free_blocks)
         if need - ready > (self.releasing_blocks if overlap else 0):
@@ -355,7 +349,7 @@ class KVCache:
         """Blocks `[first, upto)` of a sequence on the device are full: others may use them."""
         if first >= upto or not self._config.prefix_cache:
             return
-        keys = self._keys(seq, upto)
+        keys = self.keys(seq, upto)
         for i in range(first, upto):
             self.pool.publish(int(seq.block_ids[i]), keys[i])
             for other in self._hoping.pop(keys[i], ()):
@@ -365,7 +359,7 @@ class KVCache:
         """A sequence about to prefill takes what others have computed since it was admitted."""
         while seq.num_computed % self.block_size == 0:
             i = seq.num_computed // self.block_size
-            key = self._key(seq, i, (len(seq.tokens) - 1) // self.block_size)
+            key = self.key(seq, i, (len(seq.tokens) - 1) // self.block_size)
             if key is None or not self.pool.holds(key):
                 return
             own = int(seq.block_ids[i])
@@ -386,7 +380,7 @@ class KVCache:
             return []
         first = -(-seq.num_computed // self.block_size)
         upto = (seq.num_computed + tokens) // self.block_size
-        return self._keys(seq, upto)[first:upto]
+        return self.keys(seq, upto)[first:upto]
 
     # -- off the device -------------------------------------------------------------------------
 
@@ -433,27 +427,28 @@ class KVCache:
             load_queue=self.transfers.queued(to_host=False),
             others=self._tracker.count(State.RUNNING),
         )
-        if not wanted or not self._reserve(seq, filled):
+        if not wanted or not self.reserve(seq, filled):
             return sent * self.block_size
         overlap = self._config.overlap_transfers
         kept = [] if overlap else seq.block_ids[:sent].tolist()
         for first in range(sent, filled, _CHUNK_BLOCKS):
             end = min(first + _CHUNK_BLOCKS, filled)
-            copies = self._outgoing(seq, first, end)
+            copies = self.outgoing(seq, first, end)
             self.transfers.start(Kind.OFFLOAD, copies, kept if end == filled else [])
         self._stats.offloaded_bytes += unsent * self._block_bytes
         return seq.num_computed
 
-    def _outgoing(self, seq: Sequence, first: int, end: int) -> list[Copy]:
+    def outgoing(self, seq: Sequence, first: int, end: int) -> list[Copy]:
+        """Copies of blocks `[first, end)` to the slots reserved for them; they count as sent."""
         full = seq.num_computed // self.block_size
         seq.sent_blocks = end
         seq.in_flight.update(range(first, end))
         return [
-            Copy(seq, i, int(seq.block_ids[i]), seq.host_slots[i], self._key(seq, i, full))
+            Copy(seq, i, int(seq.block_ids[i]), seq.host_slots[i], self.key(seq, i, full))
             for i in range(first, end)
         ]
 
-    def _reserve(self, seq: Sequence, blocks: int) -> bool:
+    def reserve(self, seq: Sequence, blocks: int) -> bool:
         """Make `seq` hold a host slot for each of its first `blocks` blocks."""
         missing = blocks - len(seq.host_slots)
         if missing > 0:
@@ -464,14 +459,27 @@ class KVCache:
             self._tracker.touch(seq)
         return True
 
+    def find_on_host(self, seq: Sequence, full: int) -> None:
+        """Of its first `full` blocks, those that somebody on the node has written need no copy."""
+        sent = seq.sent_blocks
+        if not self._config.prefix_cache or sent >= full or len(seq.host_slots) > sent:
+            return
+        slots = self.host.match(self.keys(seq, full)[sent:full])
+        if slots:
+            seq.host_slots.extend(slots)
+            seq.sent_blocks += len(slots)
+            seq.synced_blocks = min(seq.in_flight, default=seq.sent_blocks)
+            self._tracker.touch(seq)
+
     def drop(self, seq: Sequence) -> None:
         """Forget all KV of a sequence that holds no device blocks; it waits to be recomputed."""
-        self._release_host(seq)
+        self.release_host(seq)
         seq.num_computed = 0
         seq.move(State.WAITING)
         self._look(seq)
 
-    def _release_host(self, seq: Sequence) -> None:
+    def release_host(self, seq: Sequence) -> None:
+        """It has no copies on the host any more."""
         self.transfers.release_slots(seq.host_slots)
         seq.host_slots = []
         seq.sent_blocks = seq.synced_blocks = 0
@@ -484,80 +492,9 @@ class KVCache:
             self._unhope(seq)
         self._end_load(seq)
         self.leave(seq)
-        self._release_host(seq)
+        self.release_host(seq)
 
     # -- beside the steps -----------------------------------------------------------------------
-
-    def write_through(self, batch: list[tuple[Sequence, int]]) -> None:
-        """Copy filled blocks to the host beside the coming step, as many as it can hide.
-
-        Fullest buffers first: they are the likeliest victims. [TokenFlow §5.1]
-        """
-        if self.transfers.pending(Kind.WRITE_THROUGH):
-            return
-        decodes = [seq for seq, n in batch if n == 1]
-        prefill = sum(n for _, n in batch if n > 1)
-        per_block = self._cost.offload_s(1)
-        budget = _FIRST_CHUNK_BLOCKS
-        if per_block > 0:
-            context = sum(seq.num_computed for seq in decodes)
-            budget = max(1, int(self._cost.step_s(len(decodes), context, prefill) / per_block))
-        self._tracker.refresh()
-        copies: list[Copy] = []
-        going: set[bytes | None] = set()
-        for seq in self._behind():
-            full = seq.num_computed // self.block_size
-            self._find_on_host(seq, full)
-            end = min(full, seq.sent_blocks + budget - len(copies))
-            if going and self._key(seq, seq.sent_blocks, full) in going:
-                # Another holder of the same blocks sends them; this one finds them there later.
-                continue
-            end = min(end, len(seq.host_slots) + self.host.available())
-            if end <= seq.sent_blocks:
-                self._give_up_copies(seq)
-                break
-            if self._reserve(seq, end):
-                sent = self._outgoing(seq, seq.sent_blocks, end)
-                going.update(copy.key for copy in sent)
-                copies += sent
-            if len(copies) >= budget:
-                break
-        if copies:
-            self.transfers.start(Kind.WRITE_THROUGH, copies)
-            size = len(copies) * self._block_bytes
-            self._stats.offloaded_bytes += size
-            self._stats.written_through_bytes += size
-
-    def _give_up_copies(self, fuller: Sequence) -> None:
-        """The host is full: of those on the device, who is least likely to leave lets go of its
-        copies, which are then the store's to evict, for the sake of a likelier victim."""
-        tracker = self._tracker
-        rows = tracker.rows(State.RUNNING)
-        rows = rows[tracker.synced[rows] > 0]
-        if not len(rows):
-            return
-        emptiest = rows[np.argmin(tracker.due_s[rows])]
-        if tracker.due_s[emptiest] + _BUFFER_APART_S < tracker.due_s[fuller.row]:
-            self._release_host(tracker.sequences[emptiest])
-
-    def _behind(self) -> list[Sequence]:
-        """Running sequences with filled blocks that are not on the host, fullest buffer first."""
-        tracker = self._tracker
-        rows = tracker.rows(State.RUNNING)
-        rows = rows[tracker.synced[rows] < tracker.computed[rows] // self.block_size]
-        return tracker.take(rows[np.argsort(-tracker.due_s[rows], kind="stable")])
-
-    def _find_on_host(self, seq: Sequence, full: int) -> None:
-        """Blocks that somebody on the node has written already need no copy."""
-        sent = seq.sent_blocks
-        if not self._config.prefix_cache or sent >= full or len(seq.host_slots) > sent:
-            return
-        slots = self.host.match(self._keys(seq, full)[sent:full])
-        if slots:
-            seq.host_slots.extend(slots)
-            seq.sent_blocks += len(slots)
-            seq.synced_blocks = min(seq.in_flight, default=seq.sent_blocks)
-            self._tracker.touch(seq)
 
     def collect(self, timeout_s: float = 0.0) -> None:
         """Take note of the copies that have ended; waits at most `timeout_s` for the first."""

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All scheduler results, in about an hour on 2 cores: sh benchmarks/scheduler/run.sh [FOLDER]
+# All scheduler results, in well over an hour on 2 idle cores: sh benchmarks/scheduler/run.sh [FOLDER]
 # `tokenflow` and `python` are those of .venv/bin. The trace is a public one, named in
 # benchmarks/results/README.md.
 set -eu
@@ -15,7 +15,7 @@ run() {
 run settings --setting all --seeds 5 --plots "$out/plots"
 few=rtx4090-a,rtx4090-b,rtx4090-c,rtx4090-d,h200-a,h200-b
 for rates in 25 30 15@0.4,20@0.6; do
-    run "rates-$rates" --setting $few --policy fcfs,andes,tokenflow,slack --rates $rates
+    run "rates-$rates" --seeds 3 --setting $few --policy fcfs,andes,tokenflow,slack --rates $rates
 done
 for seconds in 0.25 0.5 1 1.5; do
     run "interval-$seconds" --setting rtx4090-b --seeds 2 --policy tokenflow \
@@ -30,8 +30,11 @@ for part in offload write_through overlap_transfers; do
     run "ablation-$part" --setting rtx4090-b --seeds 5 --policy tokenflow,slack \
         --engine $part=false
 done
+run limits-4 --setting rtx4090-a,rtx4090-c --seeds 2 --policy fcfs,tokenflow,slack \
+    --limit-factor 4
 for scale in 1 0.2 0.05; do
     run "burstgpt-$scale" --trace "$trace" --memory-fraction 0.55 --time-scale $scale
 done
+python "$here/bounds.py" --json "$out/scheduler-bounds.json"
 python "$here/sensitivity.py" --json "$out/scheduler-sensitivity.json"
 python "$here/pass_cost.py" --json "$out/scheduler-pass-cost.json" --plot docs/images/pass-cost.svg

@@ -221,12 +221,12 @@ def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
     """Copy blocks by memmove, without the GIL: torch would take its own threads to a copy of this
     size, and they are busy with the forward pass. Raises IndexError for a block that is not there.
     """
-    size = source.shape[1]
-    from_address, to_address = source.data_ptr(), target.data_ptr()
+    (sources, size), targets = source.shape, target.shape[0]
+    from_address, to_address, memmove = source.data_ptr(), target.data_ptr(), ctypes.memmove
     for first, to, blocks in runs(pairs):
-        if min(first, to) < 0 or first + blocks > len(source) or to + blocks > len(target):
-            raise IndexError(f"no copy of {blocks} from {first} of {len(source)} to {to}")
-        ctypes.memmove(to_address + to * size, from_address + first * size, blocks * size)
+        if first < 0 or to < 0 or first + blocks > sources or to + blocks > targets:
+            raise IndexError(f"no copy of {blocks} from {first} of {sources} to {to} of {targets}")
+        memmove(to_address + to * size, from_address + first * size, blocks * size)
 
 
 class CudaCopies:

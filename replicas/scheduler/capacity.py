@@ -46,7 +46,7 @@ def capacity(
     total = float(remaining.sum())
     if total <= 0:
         return math.inf
-    context = float((remaining * (tracker.context + remaining / 2)).sum()) / total
+    context = float(remaining @ (tracker.context + remaining / 2)) / total
     together = max(1.0, min(kv_tokens / context, len(tracker), max_num_seqs))
     return cost.capacity(together, context)
 
@@ -54,8 +54,8 @@ def capacity(
 def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
     arrival; the first one fits whatever it asks for. None when all fit. [TokenFlow §4.3]"""
-    rates = np.where(tracker.elastic, 0.0, tracker.rate)
-    if rates.sum() <= limit:
+    rates = tracker.rate * ~tracker.elastic
+    if float(rates.sum()) <= limit:
         return None
     order = tracker.by_arrival()
     beyond = np.zeros(len(tracker), bool)

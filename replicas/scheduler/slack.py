@@ -17,8 +17,9 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
    more of the device on decoding than on prompts.
 
-Outputs are taken to be as long as their limit. Consumers that are no readers are never held; their
-rate is a reference that the engine moves with the load. docs/scheduling.md has the picture.
+An output's length is what is expected of it (lengths.py). Consumers that are no readers are never
+held; their rate is a reference that the engine moves with the load. docs/scheduling.md has the
+picture.
 [TokenFlow §4.1-§4.3; the rules are ours]
 """
 
@@ -114,7 +115,7 @@ class _Outlook:
         together = max(1.0, min(view.kv_tokens / mean, len(tracker), view.max_num_seqs))
         base = fixed / together + per_sequence
         rate = tracker.rate
-        spare = 1.0 - float((rate * (base + per_token * context)).sum())
+        spare = 1.0 - base * float(rate.sum()) - per_token * float(rate @ context)
         ahead: BoolArray = np.zeros(len(tracker), bool)
         if spare > 0:
             ends = context + self.remaining
@@ -128,7 +129,7 @@ class _Outlook:
         work_s = float(self.remaining.sum()) / gamma
         ahead |= alone_s >= work_s
         entitled = ahead | self.hungry
-        entitled[running] |= self.gains[running]
+        entitled |= self.gains & (tracker.state == tracker.code(State.RUNNING))
         self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead

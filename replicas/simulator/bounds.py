@@ -110,8 +110,10 @@ def _device_time(machine: Machine, floor: Floor, arrivals: Seq[Arrival]) -> floa
 
 def _readable(arrival: Arrival, until_s: float) -> float:
     """Most tokens of it that can have counted by then; all where nobody reads."""
-    if until_s <= arrival.at_s:
+    if until_s < arrival.at_s:
         return 0.0
+    if math.isinf(arrival.token_rate):
+        return float(arrival.output_tokens)
     ahead = _USEFUL_AHEAD * arrival.output_tokens + 1
     return arrival.token_rate * (until_s - arrival.at_s) + ahead
 

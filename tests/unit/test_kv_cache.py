@@ -164,8 +164,8 @@ def test_a_tail_that_is_dearer_to_copy_is_dropped_and_computed():
     seq = start(engine, "a", PROMPT, 20, tokens=3)
     kv = engine.kv
     # Two blocks are on the host; then the link becomes dear.
-    assert kv._reserve(seq, 2)
-    kv.transfers.start(Kind.WRITE_THROUGH, kv._outgoing(seq, 0, 2))
+    assert kv.reserve(seq, 2)
+    kv.transfers.start(Kind.WRITE_THROUGH, kv.outgoing(seq, 0, 2))
     settle(engine)
     engine.cost.observe_offload(1, 1e6)
     kv.preempt(seq, Preempt.OFFLOAD)
