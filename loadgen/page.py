@@ -182,7 +182,8 @@ def _readers(i: int, report: Report, *, several: bool) -> str:
     ]  # fmt: skip
     own_words = pictures.gauges(repeat)
     if own_words:
-        charts.append(_figure("The server's own word", "Its gauges, once a second.", own_words))
+        note = "Its gauges: green runs, orange waits, purple is preempted."
+        charts.append(_figure("The server's own word", note, own_words))
     picks = {}
     if order:
         picks = {"Worst": order[0], "Median": order[len(order) // 2], "Best": order[-1]}

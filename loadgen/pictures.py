@@ -182,9 +182,7 @@ def gauges(repeat: Repeat) -> str:
         title="The server's own gauges over time",
     )
     for name, own in lines.items():
-        points = list(zip(at, own, strict=True))
-        chart.line(points, GAUGE_STYLES[name], hint=name)
-        chart.text(*points[len(points) // 2], name)
+        chart.line(list(zip(at, own, strict=True)), GAUGE_STYLES[name], hint=name)
     return chart.svg()
 
 
