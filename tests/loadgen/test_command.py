@@ -284,16 +284,23 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_an_interrupted_run_is_saved_as_far_as_it_came(tmp_path):
+def _heed_interrupts() -> None:
+    """Where tests run in the background of a shell, interrupts are ignored, and by children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_as_far_as_it_came(tmp_path, number):
     out = tmp_path / "run"
     with stub(lambda body: paced(0.02, 0.02, body["max_tokens"])) as url:
         process = subprocess.Popen(
             [sys.executable, "-m", "tokenflow.cluster.cli", "bench", "run", "--url", url,
              "--out", str(out), "--arrivals", "poisson:10,duration_s=60", "--output", "20"],
+            preexec_fn=_heed_interrupts,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         wait_for(lambda: done(out) >= 5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     report = load_report(out)
@@ -347,7 +354,7 @@ def test_the_stub_serves_what_it_is_told(tmp_path):
         assert run(f"http://127.0.0.1:{port}", tmp_path / "run", "--output", "9") == 0
         assert bench("stub", "--port", str(port)) == 2
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(10)
     found = load_report(tmp_path / "run").summary
     assert found["tokens"].value == 54 and found["ttft_p50_s"].value >= 0.1
