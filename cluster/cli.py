@@ -56,6 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=run_demo)
 
+    from tokenflow.loadgen import command as bench
+
+    bench_parser = commands.add_parser(
+        "bench",
+        help="a burst benchmark for any server: how its readers fare",
+        description="How the readers of a streaming server fare under load.",
+    )
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.run)
+
     from tokenflow.replicas.simulator import command as simulate
 
     simulate_parser = commands.add_parser(

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,23 +17,23 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from tokenflow.cluster.demo_server import DemoServer
 from tokenflow.cluster.limits import Limits
-from tokenflow.loadgen.burst import Burst, BurstRequest, make_burst
-from tokenflow.loadgen.metrics import StreamRecord, Summary, percentile, summarize
+from tokenflow.loadgen.description import OpenAIServer
+from tokenflow.loadgen.live import Watcher, watch
+from tokenflow.loadgen.metrics import Summary, summarize
+from tokenflow.loadgen.prompts import story_prompt
+from tokenflow.loadgen.runner import Run
+from tokenflow.loadgen.targets.openai import OpenAITarget
+from tokenflow.loadgen.workload import Ask, Workload
 from tokenflow.replicas.errors import TokenFlowError
 
 POLICIES = ("fcfs", "slack")
 _WARM_UP_REQUESTS = 8
 _SETTLE_S = 0.5
-_REFRESH_S = 0.25
-_LOG_LINE_S = 2.0
-_CELLS_PER_LINE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +128,6 @@ def run_demo(factory: Factory, options: DemoOptions, console: Console | None = N
     """
     _check_writable(options.json_path)
     console = console or Console(highlight=False)
-    requests = make_burst(
-        options.requests, max_tokens=options.max_tokens, token_rate=options.rate, seed=options.seed
-    )
     console.print(
         f"A burst of {options.requests} readers at {options.rate:g} tokens/s, "
         f"{options.max_tokens} tokens each, on device memory for {options.kv_tokens} tokens of KV."
@@ -138,34 +136,43 @@ def run_demo(factory: Factory, options: DemoOptions, console: Console | None = N
     for policy in POLICIES:
         console.print(f"\n[bold]{policy}[/bold]: starting the server...")
         with factory(policy) as server:
-            results.append(asyncio.run(_run_policy(policy, server, requests, options, console)))
+            results.append(asyncio.run(_run_policy(policy, server, options, console)))
     console.print()
     console.print(comparison(results))
     console.print(
         "Effective: tokens weighted at generation by how soon their reader needs them "
         "(TokenFlow, section 7.1.3). TTFT: time to first token, as the client sees it."
     )
-    console.print(f"\nOne reader's text ({requests[0].message}):\n", markup=False)
+    asked = story_prompt(burst_of(options).asks[0].seed)
+    console.print(f"\nOne reader's text ({asked}):\n", markup=False)
     console.print(results[-1].sample, markup=False)
     if options.json_path:
         _write_json(options, results)
 
 
 async def _run_policy(
-    policy: str,
-    server: DemoServer,
-    requests: list[BurstRequest],
-    options: DemoOptions,
-    console: Console,
+    policy: str, server: DemoServer, options: DemoOptions, console: Console
 ) -> Result:
-    warm_up = make_burst(_WARM_UP_REQUESTS, max_tokens=16, token_rate=options.rate, seed=0)
-    await Burst(server.url, server.model, warm_up).run(options.timeout_s)
-    await asyncio.sleep(_SETTLE_S)
-    before = await read_metrics(server.url)
-    burst = Burst(server.url, server.model, requests)
-    running = asyncio.create_task(burst.run(options.timeout_s))
-    await _watch(policy, burst, running, options, console)
-    records = await running
+    target = OpenAITarget(
+        OpenAIServer(
+            url=server.url, model=server.model, extra_body={"temperature": 0.8, "top_p": 0.95}
+        ),
+        content="stories",
+        probe=False,
+    )
+    await target.open()
+    try:
+        warm_up = make_burst(_WARM_UP_REQUESTS, max_tokens=16, token_rate=options.rate, seed=0)
+        await Run(target, warm_up, timeout_s=options.timeout_s).run()
+        await asyncio.sleep(_SETTLE_S)
+        before = await read_metrics(server.url)
+        run = Run(target, burst_of(options), timeout_s=options.timeout_s)
+        running = asyncio.create_task(run.run())
+        watcher = Watcher(policy, options.requests, options.max_tokens)
+        await watch(run, running, watcher, console, time.monotonic)
+        records = await running
+    finally:
+        await target.close()
     failed = [record for record in records if not record.ok]
     if failed:
         raise TokenFlowError(f"{len(failed)} of {len(records)} requests failed: {failed[0].error}")
@@ -188,6 +195,24 @@ async def _run_policy(
     )
 
 
+def make_burst(count: int, *, max_tokens: int, token_rate: float, seed: int) -> Workload:
+    """`count` readers at once, the same ones for the same arguments."""
+    rng = random.Random(seed)
+    return Workload(
+        tuple(
+            # What a story's prompt has is known only to the server.
+            Ask(i, 0.0, 1, max_tokens, token_rate, rng.getrandbits(31), i)
+            for i in range(count)
+        )
+    )
+
+
+def burst_of(options: DemoOptions) -> Workload:
+    return make_burst(
+        options.requests, max_tokens=options.max_tokens, token_rate=options.rate, seed=options.seed
+    )
+
+
 async def read_metrics(url: str) -> dict[str, float]:
     """The server's metrics, summed over their labels. Raises TokenFlowError."""
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
@@ -205,90 +230,6 @@ async def read_metrics(url: str) -> dict[str, float]:
 
 
 # -- what is shown ----------------------------------------------------------------------------
-
-
-async def _watch(
-    policy: str,
-    burst: Burst,
-    running: asyncio.Task[list[StreamRecord]],
-    options: DemoOptions,
-    console: Console,
-) -> None:
-    begun = time.monotonic()
-    if not console.is_terminal:
-        next_line = 0.0
-        while not running.done():
-            elapsed = time.monotonic() - begun
-            if elapsed >= next_line:
-                console.print(status_line(policy, burst.records, time.monotonic(), begun))
-                next_line = elapsed + _LOG_LINE_S
-            await asyncio.wait({running}, timeout=_REFRESH_S)
-        return
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            done = running.done()
-            now = time.monotonic()
-            live.update(live_view(policy, burst.records, now, begun, options.max_tokens))
-            live.refresh()
-            if done:
-                return
-            await asyncio.wait({running}, timeout=_REFRESH_S)
-
-
-def status_line(policy: str, records: list[StreamRecord], now: float, begun: float) -> str:
-    """The run so far in one line."""
-    started = sum(bool(r.arrivals) for r in records)
-    done = sum(r.ok for r in records)
-    failed = sum(r.error is not None for r in records)
-    dry = sum(_dry(r, now) for r in records)
-    tokens = sum(r.tokens for r in records)
-    return (
-        f"{policy}  {now - begun:5.1f} s  first token {started}/{len(records)}  "
-        f"done {done}  dry now {dry}  {tokens} tokens" + (f"  FAILED {failed}" if failed else "")
-    )
-
-
-def live_view(
-    policy: str, records: list[StreamRecord], now: float, begun: float, max_tokens: int
-) -> RenderableType:
-    """One cell per reader: how far the server is ahead of its eyes."""
-    grid = Text()
-    for i, record in enumerate(records):
-        if i and i % _CELLS_PER_LINE == 0:
-            grid.append("\n")
-        grid.append(*cell(record, now, max_tokens))
-    legend = Text.from_markup(
-        "[dim]·[/dim] waits  [red]![/red] has run dry  [red]x[/red] failed  "
-        "[green]▁▂▃▄▅▆▇█[/green] text ahead  [blue]■[/blue] all delivered"
-    )
-    lines = status_line(policy, records, now, begun)
-    waits = [(r.first_token_s or now) - r.intended_s for r in records]
-    if waits:
-        lines += (
-            f"\nwaited so far: p50 {percentile(waits, 50):.2f} s, p99 {percentile(waits, 99):.2f} s"
-        )
-    return Group(Text(lines), grid, legend)
-
-
-def cell(record: StreamRecord, now: float, max_tokens: int) -> tuple[str, str]:
-    """(character, style) of one reader."""
-    if record.error is not None:
-        return "x", "bold red"
-    if not record.arrivals:
-        return "·", "dim"
-    if record.finished_s is not None:
-        return "■", "blue"
-    if _dry(record, now):
-        return "!", "bold red"
-    ahead = record.playback(now).buffer(now)
-    levels = "▁▂▃▄▅▆▇█"
-    return levels[min(len(levels) - 1, ahead * len(levels) // max(1, max_tokens))], "green"
-
-
-def _dry(record: StreamRecord, now: float) -> bool:
-    if not record.arrivals or record.finished_s is not None:
-        return False
-    return record.playback(now).slack_s(now) < 0
 
 
 def comparison(results: list[Result]) -> Table:

@@ -93,14 +93,22 @@ class Answer:
         reason = events[-1].finish_reason
         logprobs = self._logprobs(index, events)
         counted = usage() if self._call.continuous_usage else None
+        times = self._generation_times(events)
         if not self._call.is_chat:
-            return self._event(index, text, logprobs, reason, counted)
+            return self._event(index, text, logprobs, reason, counted, times)
         out = b""
         if text or logprobs or reason is None:
-            out = self._event(index, {"content": text}, logprobs, None, counted)
+            out = self._event(index, {"content": text}, logprobs, None, counted, times)
+            times = None
         if reason is not None:
-            out += self._event(index, {}, None, reason, counted)
+            out += self._event(index, {}, None, reason, counted, times)
         return out
+
+    def _generation_times(self, events: Seq[TokenEvent]) -> list[float] | None:
+        """When each token was drawn, Unix seconds; of use only to whoever measures the server."""
+        if not self._call.generation_times:
+            return None
+        return [round(event.generated_at, 6) for event in events if event.token_id >= 0]
 
     def closing(self, usage: dict[str, Any]) -> bytes:
         """The end of a stream."""
@@ -115,12 +123,15 @@ class Answer:
         logprobs: dict[str, Any] | None,
         reason: str | None,
         usage: dict[str, Any] | None = None,
+        generated_at: list[float] | None = None,
     ) -> bytes:
         key = "delta" if self._call.is_chat else "text"
         choice = {"index": index, key: content, "logprobs": logprobs, "finish_reason": reason}
         data: dict[str, Any] = {**self._chunk, "choices": [choice]}
         if self._call.include_usage or self._call.continuous_usage:
             data["usage"] = usage
+        if generated_at is not None:
+            data["tokenflow"] = {"generated_at": generated_at}
         return sse(data)
 
     # -- whole answers --------------------------------------------------------------------------

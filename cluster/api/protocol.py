@@ -72,6 +72,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    generation_times: bool = False
     echo: bool = False
     request_id: str | None = None
     cache_salt: str | None = None
@@ -89,6 +90,7 @@ class _Strict(BaseModel):
 class _StreamOptions(_Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_generation_times: bool | None = None
 
 
 class _Common(_Strict):
@@ -432,6 +434,7 @@ def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict
         "stream": bool(request.stream),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.continuous_usage_stats),
+        "generation_times": bool(options and options.include_generation_times),
         "request_id": request.request_id or None,
         "cache_salt": request.cache_salt,
     }

@@ -15,16 +15,7 @@ import pytest
 from rich.console import Console
 
 from tokenflow.cluster import demo
-from tokenflow.cluster.demo import (
-    DemoOptions,
-    Result,
-    cell,
-    comparison,
-    live_view,
-    read_metrics,
-    run_demo,
-    status_line,
-)
+from tokenflow.cluster.demo import DemoOptions, Result, comparison, read_metrics, run_demo
 from tokenflow.cluster.demo_server import DemoServer
 from tokenflow.cluster.metrics import render
 from tokenflow.loadgen.metrics import StreamRecord, Summary, summarize
@@ -49,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         if refusal:
             self.wfile.write(refusal.encode())
             return
-        self.server.count(body)
+        self.server.count({**body, "rate": self.headers["X-Token-Rate"]})
         count = body["max_tokens"]
         for text, tokens, reason in (("[b]Once[/b]", 1, None), (" upon", count, "length")):
             choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
@@ -162,7 +153,7 @@ def test_both_policies_get_the_same_burst_after_a_warm_up(run):
         warm_up = [body for body in server.bodies if body["max_tokens"] == 16]
         burst = [body for body in server.bodies if body["max_tokens"] == 4]
         assert (len(warm_up), len(burst)) == (8, 3)
-        assert {body["token_rate"] for body in burst} == {10.0}
+        assert {body["rate"] for body in burst} == {"10"}
         bursts.append(sorted(burst, key=lambda body: body["seed"]))
     assert bursts[0] == bursts[1]
 
@@ -222,7 +213,7 @@ def test_a_terminal_sees_every_reader(monkeypatch):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     run_demo(Servers(), OPTIONS, console)
     text = console.file.getvalue()
-    assert "first token 3/3  done 3" in text
+    assert "3/3" in text and "sent 3  waiting 0" in text
     assert "■■■" in text
     assert rows(text)[""] == ["slack"]
 
@@ -257,87 +248,6 @@ async def test_metrics_are_summed_over_their_labels():
     assert found["tokenflow_effective_tokens_total"] == 25
     assert found["tokenflow_preemptions_total"] == 10
     assert found["tokenflow_resumes_total"] == 5
-
-
-# -- the readers as they are shown ----------------------------------------------------------------
-
-NOW = 100.0
-LENGTH = 64
-
-
-def reader(arrivals, **fields) -> StreamRecord:
-    return StreamRecord(10.0, 98.0, sent_s=98.0, arrivals=arrivals, **fields)
-
-
-WAITING = reader([])
-DRY = reader([(98.5, 3)])
-BUFFERED = reader([(99.0, 40)])
-FULL = reader([(99.9, LENGTH)])
-DONE = reader([(99.0, LENGTH)], finished_s=99.5, finish_reason="length")
-
-
-def test_one_cell_per_state():
-    assert cell(WAITING, NOW, LENGTH) == ("·", "dim")
-    assert cell(DRY, NOW, LENGTH) == ("!", "bold red")
-    assert cell(DONE, NOW, LENGTH) == ("■", "blue")
-    assert cell(FULL, NOW, LENGTH) == ("█", "green")
-    assert cell(BUFFERED, NOW, LENGTH)[1] == "green"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "level"), [(1, "▁"), (8, "▁"), (9, "▂"), (32, "▄"), (33, "▅"), (64, "█"), (99, "█")]
-)
-def test_the_level_is_what_lies_ahead_of_the_reader(tokens, level):
-    assert cell(reader([(NOW, tokens)]), NOW, LENGTH) == (level, "green")
-
-
-def test_a_cell_goes_down_while_the_reader_reads_and_up_with_new_text():
-    record = reader([(100.0, 33)])
-    assert cell(record, 100.0, LENGTH)[0] == "▅"
-    assert cell(record, 102.0, LENGTH)[0] == "▂"
-    assert cell(record, 103.25, LENGTH)[0] == "▁"
-    assert cell(record, 103.5, LENGTH)[0] == "!"
-    record.arrivals.append((104.0, 17))
-    assert cell(record, 104.0, LENGTH)[0] == "▃"
-
-
-@pytest.mark.parametrize("arrivals", [[], [(99.0, 3)]])
-def test_a_failed_reader_is_not_shown_as_waiting_or_served(arrivals):
-    failed = reader(arrivals, finished_s=99.5, error="HTTP 429")
-    assert cell(failed, NOW, LENGTH)[0] not in ("·", "■")
-
-
-def test_the_status_line_counts_the_readers():
-    records = [WAITING, DRY, BUFFERED, DONE]
-    assert status_line("fcfs", records, NOW, 97.5) == (
-        "fcfs    2.5 s  first token 3/4  done 1  dry now 1  107 tokens"
-    )
-    assert status_line("fcfs", [], 5.0, 5.0).endswith(
-        "first token 0/0  done 0  dry now 0  0 tokens"
-    )
-
-
-def test_the_live_view_has_a_cell_per_reader_and_the_waits():
-    records = [WAITING, DRY, BUFFERED, DONE, *[WAITING] * 62]
-    lines = shown(live_view("fcfs", records, NOW, 97.5, LENGTH)).splitlines()
-    grid = [line for line in lines if line.count("·") > 1]
-    assert [len(line) for line in grid] == [32, 32, 2]
-    assert grid[0].startswith("·!▄■····")
-    text = "\n".join(lines)
-    assert "first token 3/66  done 1  dry now 1" in text
-    assert "p50 2.00 s, p99 2.00 s" in text
-    assert "all delivered" in text and "has run dry" in text
-
-
-def test_the_live_view_before_anything_was_sent():
-    text = shown(live_view("fcfs", [], NOW, NOW, LENGTH))
-    assert "first token 0/0" in text and "p50" not in text
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_the_live_view_fits_a_terminal(width):
-    text = shown(live_view("slack", [DONE] * 64, 1100.0, 97.5, LENGTH), width=width)
-    assert len(text.splitlines()) == 5
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ def test_the_wheel_has_the_model_and_the_protos_and_no_tests(tmp_path):
         assert model + file in names
     assert "tokenflow/cluster/rpc/inference.proto" in names
     assert "tokenflow/cluster/cli.py" in names
-    assert not {name for name in names if "test" in name or name.startswith("tools")}
+    assert "tokenflow/loadgen/schemas/report.schema.json" in names
+    assert not {name for name in names if "tests/" in name or "/test_" in name}
+    assert not {name for name in names if name.startswith("tools")}
 
 
 def test_the_embedded_model_is_small():

@@ -200,6 +200,26 @@ def test_continuous_usage_alone_adds_no_last_chunk():
     assert data[-1]["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_generation_times_of_every_token_once_where_they_are_asked_for(is_chat):
+    asked = call(is_chat=is_chat, generation_times=True)
+    ended = TokenEvent("r", 4, -1, "", 1e9 + 9, None, "cancelled")
+    body = stream(asked, (0, tokens(1)), (0, tokens(2, 3)), (0, [*tokens(4), ended]))
+    times = [data["tokenflow"]["generated_at"] for data in payloads(body) if "tokenflow" in data]
+    assert times == [[1e9], [1e9, 1e9], [1e9]]
+
+
+def test_generation_times_of_a_token_without_text_are_not_lost():
+    last = [TokenEvent("r", 1, 5, "", 1e9 + 1, None, "stop")]
+    data = payloads(stream(call(generation_times=True), (0, tokens(1)), (0, last)))
+    assert [d["tokenflow"]["generated_at"] for d in data if "tokenflow" in d] == [[1e9], [1e9 + 1]]
+
+
+def test_nobody_else_sees_generation_times():
+    asked = call(include_usage=True, continuous_usage=True)
+    assert all("tokenflow" not in data for data in payloads(stream(asked, (0, tokens(1, 2)))))
+
+
 def test_the_choices_of_a_chat_are_told_apart():
     body = stream(
         call(n=3),

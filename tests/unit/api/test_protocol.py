@@ -107,6 +107,13 @@ def test_every_sampling_field_reaches_the_call(make):
     )
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(True, True), (False, False), (None, False)])
+def test_generation_times_are_an_option_of_the_stream(given, wanted):
+    options = {"include_generation_times": given}
+    assert chat(stream=True, stream_options=options).generation_times is wanted
+    assert chat(stream=True, stream_options={}).generation_times is False
+
+
 @pytest.mark.parametrize("make", [completion, chat])
 def test_delivery_fields_reach_the_call(make):
     call = make(

@@ -85,7 +85,7 @@ def test_lines_behind_the_window_are_not_read(write):
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("", 1, ["is empty", "arrival_s,input_tokens,output_tokens", "Timestamp,Model"]),
+        ("", 1, ["is empty", "arrival_s,input_tokens,output_tokens", "Timestamp,Request"]),
         ("time,in,out\n0,1,1\n", 1, ["unknown header 'time,in,out'", "arrival_s"]),
         (b"\x89PNG\r\n\x1a\n\x00\x00", 1, ["unknown header"]),
         (HEADER, 1, ["no rows"]),
@@ -108,7 +108,7 @@ def test_lines_behind_the_window_are_not_read(write):
         (HEADER + "0,1,0\n", 2, ["output_tokens is '0'", "take the row out"]),
         (RAW + "0,m,0,7,7,l\n", 2, ["Request tokens is '0'"]),
         (RAW + "0,m,1,-7,7,l\n", 2, ["Response tokens is '-7'", "from 0"]),
-        (HEADER + "0,1,1\n2,1,1\n1.5,1,1\n", 4, ["'1.5'", "before the 2", "sort"]),
+        (HEADER + "0,1,1\n2,1,1\n1.5,1,1\n", 4, ["1.5", "before the 2 ", "sort"]),
         (HEADER.encode() + b"0,\xff1,1\n", 2, ["input_tokens"]),
         (HEADER + '0,"' + "1" * 200_000 + '",1\n', 2, ["not a line of CSV"]),
     ],
@@ -120,7 +120,58 @@ def test_bad_files_name_the_line_the_value_and_what_to_do(write, text, line, wor
     message = str(caught.value)
     assert message.startswith(f"{path}:{line}: ")
     assert [word for word in words if word not in message] == []
-    assert len(message) < len(str(path)) + 300
+    assert len(message) < len(str(path)) + 350
+
+
+def test_columns_are_found_by_name(write):
+    path = write(
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,"
+        "Log Type\n7,a,1,m,10,20,30,l\n9,a,1,m,11,0,11,l\n"
+    )
+    assert load_trace(path) == Trace((TraceRow(0.0, 10, 20),), 1)
+
+
+def test_azure_rows_have_dates(write):
+    path = write(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:15:50.1805900,396,109\n"
+    )
+    first, second = load_trace(path).rows
+    assert (first.input_tokens, first.output_tokens) == (374, 44)
+    assert second.arrival_s == pytest.approx(3.5)
+
+
+def test_mooncake_lines(write):
+    path = write(
+        '{"timestamp": 3000, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n'
+        '\n{"timestamp": 4500.5, "input_length": 7, "output_length": 0, "hash_ids": []}\n'
+        '{"timestamp": 6000, "input_length": 8, "output_length": 9}\n'
+    )
+    trace = load_trace(path)
+    assert trace == Trace((TraceRow(0.0, 6758, 500), TraceRow(3.0, 8, 9)), 1)
+    assert [row.line for row in trace.rows] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n{oops\n', 2, ["of JSON"]),
+        ('{"timestamp": 0}\n', 1, ["input_length is None", "from 1"]),
+        ('{"timestamp": "0", "input_length": 1, "output_length": 1}\n', 1, ["milliseconds"]),
+        ('{"timestamp": true, "input_length": 1, "output_length": 1}\n', 1, ["timestamp is True"]),
+        ('{"timestamp": 0, "input_length": 1.5, "output_length": 1}\n', 1, ["input_length is 1.5"]),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 1}\n', 1, ["timestamp is nan"]),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n[]\n', 2, ["JSON object"]),
+        ('{"timestamp": 2, "input_length": 1, "output_length": 1}\n'
+         '{"timestamp": 1, "input_length": 1, "output_length": 1}\n', 2, ["before", "sort"]),
+    ],
+)  # fmt: skip
+def test_bad_mooncake_lines(write, text, line, words):
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load_trace(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 def test_files_that_cannot_be_read(tmp_path):

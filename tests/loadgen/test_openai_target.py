@@ -1,4 +1,4 @@
-"""The load generator's client against a server of a few lines that says what each test wants."""
+"""The benchmark's client against a server of a few lines that says what each test wants."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import pytest
 
-from tokenflow.loadgen.burst import Burst, BurstRequest, make_burst
-from tokenflow.loadgen.client import stream_chat
-from tokenflow.loadgen.metrics import StreamRecord, summarize
+from tokenflow.cluster.config import embedded_model
+from tokenflow.loadgen.description import OpenAIServer
+from tokenflow.loadgen.metrics import StreamRecord
+from tokenflow.loadgen.targets.base import TargetError, Turn
+from tokenflow.loadgen.targets.openai import OpenAITarget
+from tokenflow.loadgen.workload import Ask
 
 Script = Callable[[asyncio.StreamWriter, dict[str, Any]], Awaitable[None]]
 DONE = b"data: [DONE]\n\n"
@@ -61,15 +63,22 @@ class Server:
 
     def __init__(self, script: Script) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[bytes, bytes]] = []
         self._script = script
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             request = await reader.readuntil(b"\r\n\r\n")
-            assert request.startswith(b"POST /v1/chat/completions ")
+            if request.startswith(b"GET /v1/models "):
+                models = b'{"data": [{"id": "first"}, {"id": "second"}]}'
+                head(writer, "200 OK", f"Content-Length: {len(models)}", "Connection: close")
+                writer.write(models)
+                return
+            assert request.startswith((b"POST /v1/chat/completions ", b"POST /v1/completions "))
             fields = dict(line.lower().split(b": ", 1) for line in request.split(b"\r\n")[1:-2])
             body = json.loads(await reader.readexactly(int(fields[b"content-length"])))
             self.requests.append(body)
+            self.headers.append(fields)
             await self._script(writer, body)
             await writer.drain()
         except asyncio.CancelledError:
@@ -88,10 +97,26 @@ async def serving(script: Script):
         listener.close()
 
 
-async def stream(script: Script) -> StreamRecord:
+def ask(tokens: int = 8, rate: float = 20.0, seed: int = 3) -> Ask:
+    return Ask(0, 0.0, 2, tokens, rate, seed, 0)
+
+
+@asynccontextmanager
+async def client(url: str, *, probe: bool = False, **fields: Any):
+    target = OpenAITarget(
+        OpenAIServer.model_validate({"url": url, "model": "m"} | fields), probe=probe
+    )
+    target.opened = await target.open()
+    try:
+        yield target
+    finally:
+        await target.close()
+
+
+async def stream(script: Script, **fields: Any) -> StreamRecord:
     record = StreamRecord(20.0, time.monotonic())
-    async with serving(script) as (_, url), httpx.AsyncClient(trust_env=False) as client:
-        await stream_chat(client, url, {"model": "m"}, record)
+    async with serving(script) as (_, url), client(url, **fields) as target:
+        await target.stream(ask(), "Hi", (), record)
     assert record.sent_s is not None and record.finished_s is not None
     assert record.intended_s <= record.sent_s <= record.finished_s
     return record
@@ -126,6 +151,12 @@ async def test_a_last_chunk_without_choices_may_bring_the_rest():
     last = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":6}}\n\n'
     record = await stream(ok(event("a", 4), event(None, 4, "stop"), last, DONE))
     assert record.ok and record.tokens == 6
+
+
+async def test_the_finish_reason_may_be_missing_until_the_end():
+    first = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+    record = await stream(ok(first, event("b", 2, "stop"), DONE))
+    assert record.ok and record.tokens == 2
 
 
 async def test_null_usage_and_null_content_are_nothing():
@@ -165,29 +196,184 @@ async def test_line_separators_inside_the_text_are_text(odd):
     assert record.ok and record.text == f"a{odd}bc"
 
 
-async def test_the_request_asks_for_a_stream_with_usage_and_the_readers_rate():
+async def test_the_request_asks_for_a_stream_with_usage_of_exactly_the_length():
     record = StreamRecord(12.5, time.monotonic())
     script = ok(event("a", 1, "stop"), DONE)
-    async with serving(script) as (server, url), httpx.AsyncClient(trust_env=False) as client:
-        await stream_chat(client, url, {"model": "m", "seed": 3, "stream": False}, record)
+    async with (
+        serving(script) as (server, url),
+        client(url, extra_body={"temperature": 0.5}) as target,
+    ):
+        await target.stream(ask(8, 12.5), "Hi", (), record)
     assert server.requests == [
         {
             "model": "m",
-            "seed": 3,
             "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "token_rate": 12.5,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 8,
+            "seed": 3,
+            "min_tokens": 8,
+            "ignore_eos": True,
+            "stream_options": {
+                "include_usage": True,
+                "continuous_usage_stats": True,
+                "include_generation_times": True,
+            },
+            "temperature": 0.5,
         }
     ]
+    assert server.headers[0][b"x-token-rate"] == b"12.5"
 
 
 async def test_without_a_reader_the_rate_is_max():
     record = StreamRecord(math.inf, time.monotonic())
-    script = ok(event("a", 1, "stop"), DONE)
-    async with serving(script) as (server, url), httpx.AsyncClient(trust_env=False) as client:
-        await stream_chat(client, url, {"model": "m"}, record)
-    assert record.ok
-    assert [request["token_rate"] for request in server.requests] == ["max"]
+    async with serving(ok(event("a", 1, "stop"), DONE)) as (server, url), client(url) as target:
+        await target.stream(ask(rate=math.inf), "Hi", (), record)
+    assert record.ok and server.headers[0][b"x-token-rate"] == b"max"
+
+
+async def test_a_conversation_is_sent_whole():
+    history = [Turn("one", "two"), Turn("three", "four")]
+    for endpoint in ("chat", "completions"):
+        said = ok(b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\n', DONE)
+        async with serving(said) as (server, url), client(url, endpoint=endpoint) as target:
+            await target.stream(ask(), "five", history, StreamRecord(20.0, 0.0))
+        if endpoint == "chat":
+            messages = server.requests[0]["messages"]
+            assert [m["content"] for m in messages] == ["one", "two", "three", "four", "five"]
+            assert [m["role"] for m in messages] == ["user", "assistant"] * 2 + ["user"]
+        else:
+            assert server.requests[0]["prompt"] == "onetwo\nthreefour\nfive"
+
+
+async def test_completions_have_text_and_may_take_token_ids():
+    chunk = b'data: {"choices":[{"text":"ab","finish_reason":"length"}],"usage":%b}\n\n'
+    script = ok(chunk % b'{"prompt_tokens":3,"completion_tokens":2}', DONE)
+    record = StreamRecord(20.0, 0.0)
+    async with serving(script) as (server, url), client(url, endpoint="completions") as target:
+        await target.stream(ask(), [5, 6, 7], (), record)
+    assert (record.text, record.tokens, record.prompt_tokens) == ("ab", 2, 3)
+    assert server.requests[0]["prompt"] == [5, 6, 7] and "messages" not in server.requests[0]
+
+
+async def test_generation_times_are_kept():
+    said = json.loads(event("ab", 2, "stop")[6:]) | {"tokenflow": {"generated_at": [1.5, 2.5]}}
+    record = await stream(ok(b"data: " + json.dumps(said).encode() + b"\n\n", DONE))
+    assert record.generated == [1.5, 2.5]
+
+
+async def test_the_key_is_sent(monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", "secret")
+    async with (
+        serving(ok(event("a", 1, "stop"), DONE)) as (server, url),
+        client(url, api_key_env="OTHER_KEY") as target,
+    ):
+        await target.stream(ask(), "Hi", (), StreamRecord(20.0, 0.0))
+    assert server.headers[0][b"authorization"] == b"bearer secret"
+
+
+async def test_a_server_may_close_every_connection():
+    async with serving(ok(event("a", 1, "stop"), DONE)) as (server, url), client(url) as target:
+        for _ in range(3):
+            record = StreamRecord(20.0, 0.0)
+            await target.stream(ask(), "Hi", (), record)
+            assert record.ok
+    assert len(server.requests) == 3
+
+
+# -- looking at a server --------------------------------------------------------------------------
+
+
+def refusing(*fields: str) -> Script:
+    """Takes no request that has one of these fields, at the top or among the stream options."""
+
+    async def script(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+        options = body.get("stream_options", {})
+        wrong = [name for name in fields if name in body or name in options]
+        if wrong:
+            message = json.dumps({"error": {"message": f"Unknown parameter: {wrong[0]}"}})
+            await refused("400 Bad Request", message.encode())(writer, body)
+        elif "continuous_usage_stats" in options:
+            await ok(event("a", 1), event("b", 2, "stop"), DONE)(writer, body)
+        elif "include_usage" in options:
+            last = b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
+            await ok(event("a", None), event("b", None, "stop"), last, DONE)(writer, body)
+        else:
+            await ok(event("a", None), event("b", None, "stop"), DONE)(writer, body)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("unknown", "notes"),
+    [
+        ((), []),
+        (("continuous_usage_stats",), ["share of the text"]),
+        (("continuous_usage_stats", "min_tokens"), ["end early", "share of the text"]),
+    ],
+)
+async def test_extensions_a_server_does_not_take_are_left_out(unknown, notes):
+    async with serving(refusing(*unknown)) as (server, url), client(url, probe=True) as target:
+        said = target.opened.notes
+        asked = len(server.requests)
+        record = StreamRecord(20.0, 0.0)
+        await target.stream(ask(), "Hi", (), record)
+    assert record.ok and record.tokens == 2 and len(server.requests) == asked + 1
+    assert [sum(note in line for line in said) for note in notes] == [1] * len(notes)
+    assert len(said) == len(notes) + 1 and "does not say when it generates" in said[-1]
+
+
+async def test_a_server_without_usage_needs_a_tokenizer():
+    script = refusing("stream_options", "min_tokens")
+    async with serving(script) as (_, url):
+        with pytest.raises(TargetError, match="no usage; give --tokenizer"):
+            async with client(url, probe=True):
+                pass
+        tokenizer = str(embedded_model())
+        async with client(url, probe=True, tokenizer=tokenizer) as target:
+            record = StreamRecord(20.0, 0.0)
+            await target.stream(ask(), "Hi", (), record)
+    assert record.ok and record.tokens >= 1
+
+
+async def test_the_first_model_is_taken():
+    async with (
+        serving(refusing()) as (server, url),
+        client(url, probe=True, model=None) as target,
+    ):
+        assert target.opened.model == "first"
+    assert server.requests[0]["model"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        ("401 Unauthorized", b'{"error": {"message": "no key"}}', ["API key", "no key", "MY_KEY"]),
+        ("503 Service Unavailable", b"busy", ["refuses a request", "HTTP 503: busy"]),
+        ("400 Bad Request", b'{"error": "never"}', ["refuses a request", "never"]),
+    ],
+)
+async def test_a_server_that_refuses_everything_is_no_target(status, body, words):
+    async with serving(refused(status, body)) as (_, url):
+        with pytest.raises(TargetError) as caught:
+            async with client(url, probe=True, api_key_env="MY_KEY"):
+                pass
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+async def test_a_server_that_is_not_there_is_no_target():
+    async with serving(ok()) as (_, url):
+        pass
+    for model in ("m", None):
+        with pytest.raises(TargetError, match=r"cannot reach http://127.*Is the server running"):
+            async with client(url, probe=True, model=model):
+                pass
+
+
+async def test_something_else_than_a_model_server_is_no_target():
+    async with serving(ok(b"<html>hello</html>")) as (_, url):
+        with pytest.raises(TargetError, match="no usable answer"):
+            async with client(url, probe=True):
+                pass
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -195,7 +381,7 @@ async def test_without_a_reader_the_rate_is_max():
 
 def refused(status: str, body: bytes) -> Script:
     async def script(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
-        head(writer, status, f"Content-Length: {len(body)}")
+        head(writer, status, f"Content-Length: {len(body)}", "Connection: close")
         writer.write(body)
 
     return script
@@ -257,7 +443,7 @@ async def test_a_dropped_connection_is_a_failure_with_what_had_come():
     for length in (None, 5000):
         record = await stream(dropped(event("a", 1), event("b", 3), length=length))
         assert not record.ok
-        assert record.error is not None and "RemoteProtocolError" in record.error
+        assert record.error is not None and "ClientPayloadError" in record.error
         assert (record.text, record.tokens) == ("ab", 3)
 
 
@@ -273,27 +459,10 @@ async def test_a_server_that_is_not_there_is_a_failure():
     async with serving(ok()) as (_, url):
         pass
     record = StreamRecord(20.0, time.monotonic())
-    async with httpx.AsyncClient(trust_env=False) as client:
-        await stream_chat(client, url, {}, record)
-    assert record.error is not None and "ConnectError" in record.error
+    async with client(url) as target:
+        await target.stream(ask(), "Hi", (), record)
+    assert record.error is not None and "ClientConnectorError" in record.error
     assert record.finished_s is not None
-
-
-async def test_a_client_that_waits_too_long_is_a_failure():
-    async def script(writer: asyncio.StreamWriter, _: dict[str, Any]) -> None:
-        head(writer, "200 OK", "Connection: close")
-        writer.write(event("a", 1))
-        await writer.drain()
-        await asyncio.sleep(5)
-
-    record = StreamRecord(20.0, time.monotonic())
-    async with (
-        serving(script) as (_, url),
-        httpx.AsyncClient(trust_env=False, timeout=0.4) as client,
-    ):
-        await stream_chat(client, url, {}, record)
-    assert record.error is not None and "ReadTimeout" in record.error
-    assert record.tokens == 1
 
 
 @pytest.mark.parametrize(
@@ -312,97 +481,3 @@ async def test_events_that_are_no_chunks_are_a_failure(piece):
     record = await stream(ok(event("a", 1), piece))
     assert not record.ok and record.error
     assert record.text == "a"
-
-
-# -- bursts ---------------------------------------------------------------------------------------
-
-
-def test_a_burst_is_the_same_for_the_same_seed():
-    first = make_burst(40, max_tokens=9, token_rate=7.0, seed=5)
-    assert first == make_burst(40, max_tokens=9, token_rate=7.0, seed=5)
-    assert first != make_burst(40, max_tokens=9, token_rate=7.0, seed=6)
-    assert first[:10] == make_burst(10, max_tokens=9, token_rate=7.0, seed=5)
-    assert {(r.max_tokens, r.token_rate) for r in first} == {(9, 7.0)}
-    assert len({r.message for r in first}) > 10
-    assert len({r.seed for r in first}) == 40
-    assert all("{" not in r.message for r in first)
-    assert make_burst(0, max_tokens=9, token_rate=7.0, seed=5) == []
-
-
-async def test_a_burst_is_sent_at_once_and_recorded_in_order():
-    waiting: list[asyncio.StreamWriter] = []
-    together = asyncio.Event()
-
-    async def script(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-        waiting.append(writer)
-        if len(waiting) == 5:
-            together.set()
-        await together.wait()
-        text = body["messages"][0]["content"]
-        await ok(event(text, body["max_tokens"], "length"), DONE)(writer, body)
-
-    requests = [BurstRequest(f"Tell {i}", 10 + i, 4.0 + i, i) for i in range(5)]
-    async with serving(script) as (server, url):
-        burst = Burst(url, "m", requests)
-        assert burst.records == []
-        records = await burst.run(10)
-    assert records is burst.records
-    assert all(record.ok for record in records)
-    assert [record.text for record in records] == [f"Tell {i}" for i in range(5)]
-    assert [record.tokens for record in records] == [10, 11, 12, 13, 14]
-    assert [record.token_rate for record in records] == [4.0, 5.0, 6.0, 7.0, 8.0]
-    assert len({record.intended_s for record in records}) == 1
-    body = next(b for b in server.requests if b["seed"] == 3)
-    assert body["messages"] == [{"role": "user", "content": "Tell 3"}]
-    assert (body["model"], body["max_tokens"], body["min_tokens"]) == ("m", 13, 13)
-    assert body["token_rate"] == 7.0
-
-
-async def hang_after_one_token(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-    head(writer, "200 OK", "Connection: close")
-    writer.write(event("a", 1))
-    await writer.drain()
-    await asyncio.sleep(5)
-
-
-async def test_requests_that_are_late_are_given_up_and_fail():
-    async def script(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-        if body["seed"] == 0:
-            await ok(event("done", 2, "stop"), DONE)(writer, body)
-        else:
-            await hang_after_one_token(writer, body)
-
-    requests = [BurstRequest("Tell", 2, 4.0, seed) for seed in range(3)]
-    async with serving(script) as (_, url):
-        begun = time.monotonic()
-        records = await Burst(url, "m", requests).run(0.8)
-        assert time.monotonic() - begun < 4
-    assert [record.ok for record in records] == [True, False, False]
-    for record in records[1:]:
-        assert record.error == "not finished after 0.8 s"
-        assert (record.tokens, record.text) == (1, "a")
-    assert summarize(records).failed == 2
-
-
-async def test_a_request_that_was_given_up_waited_until_then():
-    async def script(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-        await asyncio.sleep(5)
-
-    async with serving(script) as (_, url):
-        records = await Burst(url, "m", [BurstRequest("Tell", 2, 4.0, 0)]).run(0.2)
-    assert not records[0].ok
-    assert summarize(records).ttft_max_s >= 0.2
-
-
-async def test_one_refusal_does_not_disturb_the_others():
-    async def script(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-        if body["seed"] == 1:
-            await refused("429 Too Many Requests", b"full")(writer, body)
-        else:
-            await ok(event("a", 1, "stop"), DONE)(writer, body)
-
-    requests = [BurstRequest("Tell", 1, 4.0, seed) for seed in range(4)]
-    async with serving(script) as (_, url):
-        records = await Burst(url, "m", requests).run(10)
-    assert [record.ok for record in records] == [True, False, True, True]
-    assert records[1].error == "HTTP 429: full"

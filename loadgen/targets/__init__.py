@@ -1,0 +1,1 @@
+"""What a benchmark can be pointed at: servers by HTTP or gRPC, the engine, the simulator."""
