@@ -1,8 +1,9 @@
 """Time that write-through adds to a decode step of the real engine, in one run.
 
-A batch of streams decodes; write-through is switched on and off every few steps, so that both see
-the same contexts. Before each stretch with it the copies catch up, so that what is timed is the
-steady state: as many blocks written as filled.
+A batch of streams decodes; write-through is switched on and off every few steps, in the order on,
+off, off, on, so that both see the same contexts. Before each stretch a few steps are run that do
+not count, in which the copies catch up: what is timed is the steady state, as many blocks written
+as filled. The same is done with write-through never on: what comes of that is the method's error.
 
 Run: python benchmarks/kvstore/write_through.py [--model DIR] [--streams N] [--json FILE]
 """
@@ -24,27 +25,23 @@ from tokenflow.replicas.request import Request
 from tokenflow.replicas.sampling.params import SamplingParams
 
 STRETCH = 16
-"""Steps between two switches: every stream fills one block in that time."""
+"""Timed steps between two switches: every stream fills one block in that time."""
+CATCH_UP = 4
+"""Steps before them."""
 
 
-def measure(model: str, streams: int, tokens: int, seed: int) -> dict[str, Any]:
+def measure(model: str, streams: int, tokens: int, seed: int, *, null: bool) -> dict[str, Any]:
     config = EngineConfig(
         kv_tokens=streams * (tokens + 256), max_num_seqs=streams, max_batch_tokens=4096
     )
     spec = inspect_model(model, config, "cpu")
     slot_bytes = spec.kv_layout(config.block_size).block_bytes
-    slots = 2 * streams * (tokens + 256) // config.block_size
+    blocks = streams * (tokens + 256) // config.block_size
     steps: dict[bool, list[float]] = {True: [], False: []}
     rng = random.Random(seed)
-    with Node(slots, slot_bytes) as node:
+    with Node(2 * blocks, slot_bytes) as node:
         host, memory = node.attach("bench")
-        engine = build_engine(
-            model,
-            config,
-            host,
-            host_memory=memory,
-            num_blocks=streams * (tokens + 256) // config.block_size,
-        )
+        engine = build_engine(model, config, host, host_memory=memory, num_blocks=blocks)
         for i in range(streams):
             # Lengths differ, so that blocks do not fill all in one step.
             prompt = tuple(rng.randrange(spec.vocab_size) for _ in range(64 + rng.randrange(64)))
@@ -52,32 +49,29 @@ def measure(model: str, streams: int, tokens: int, seed: int) -> dict[str, Any]:
             engine.add(Request(f"{i}", prompt, params, 1000.0, arrival_s=time.monotonic()))
         while engine.stats.generated_tokens < streams:
             engine.step()
-        written = 0
-        for stretch in range(tokens // STRETCH - 2):
-            on = stretch % 2 == 0
-            engine.policy.write_through = True
-            for _ in range(4 if on else 0):
+        stretches = tokens // (STRETCH + CATCH_UP) - 2
+        for stretch in range(stretches // 4 * 4):
+            on = stretch % 4 in (0, 3)
+            engine.policy.write_through = on and not null
+            for _ in range(CATCH_UP):
                 engine.step()
-            while engine.kv.transfers.active:
-                engine.wait_for_transfers(1.0)
-            engine.policy.write_through = on
-            before = engine.stats.written_through_bytes
             for _ in range(STRETCH):
                 begun = time.perf_counter()
                 engine.step()
                 steps[on].append(time.perf_counter() - begun)
-            written += (engine.stats.written_through_bytes - before) if on else 0
+        written = engine.stats.written_through_bytes
         engine.executor.close()
         del memory, engine
     on, off = median(steps[True]), median(steps[False])
     return {
         "streams": streams,
+        "never on": null,
         "steps of each kind": len(steps[True]),
         "threads": cpu_threads(config, 1),
         "median step with, ms": on * 1e3,
         "median step without, ms": off * 1e3,
         "added": on / off - 1,
-        "bytes written per step with": written / max(1, len(steps[True])),
+        "MiB written": written / 2**20,
         "seed": seed,
     }
 
@@ -93,13 +87,16 @@ def main() -> None:
     runs = []
     for streams in map(int, args.streams.split(",")):
         for seed in range(1, args.repeats + 1):
-            run = measure(args.model, streams, args.tokens, seed)
-            runs.append(run)
-            print(
-                f"{streams:3} streams: {run['median step without, ms']:.2f} ms a step, "
-                f"{run['median step with, ms']:.2f} with write-through: {run['added']:+.1%}",
-                flush=True,
-            )
+            for null in (False, True):
+                run = measure(args.model, streams, args.tokens, seed, null=null)
+                runs.append(run)
+                print(
+                    f"{streams:3} streams: {run['median step without, ms']:.2f} ms a step, "
+                    f"{run['median step with, ms']:.2f} "
+                    f"{'in the same, never on' if null else 'with write-through'}: "
+                    f"{run['added']:+.1%}",
+                    flush=True,
+                )
     write(args.json, {**machine(), "runs": runs})
 
 

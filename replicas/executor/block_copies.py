@@ -1,9 +1,9 @@
 """Copies of KV blocks between the device pool and host slots, beside the forward pass.
 
 Both sides are uint8 `[blocks, block_bytes]`: one block is one contiguous copy, and neighbours go
-in one. On a CPU one worker thread copies; on a GPU two side streams do, one per direction, and a
-thread each waits for them. What went to the host is reported as soon as it is there; its checksums
-are computed when nothing waits to be copied, and reported after it.
+in one. On a CPU one worker thread copies, or the caller if it is little; on a GPU two side streams
+do, one per direction, and a thread each waits for them. What went to the host is reported as soon
+as it is there; its checksums are computed when nothing waits to be copied, and reported after it.
 """
 
 from __future__ import annotations
@@ -162,8 +162,15 @@ class _Job(Protocol):
     def pairs(self) -> list[tuple[int, int]]: ...
 
 
+_INLINE_BYTES = 1 << 20
+
+
 class CopyThread:
-    """One worker thread, first in first out, so that a load sees the offload before it."""
+    """One worker thread, first in first out, so that a load sees the offload before it.
+
+    A job so small that it ends in a tenth of a millisecond is done at once instead: to wake a
+    thread, and to hand the GIL over and back for every block, takes the step longer than that.
+    """
 
     def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
         self._device = device
@@ -171,6 +178,8 @@ class CopyThread:
         self._reports = _Reports()
         self._worker = _Worker(self._memory, self._reports, self._copy)
         self._last = 0
+        self._given: set[int] = set()
+        """Jobs that the worker has not reported."""
 
     def to_host(self, pairs: Pairs) -> int:
         return self._put(self._device, self._memory.tensor, pairs, None)
@@ -186,7 +195,15 @@ class CopyThread:
         expected: Seq[int | None] | None,
     ) -> int:
         self._last += 1
-        self._worker.put(_CpuJob(self._last, list(pairs), source, target, expected))
+        job = _CpuJob(self._last, list(pairs), source, target, expected)
+        if not self._given and len(pairs) * source.shape[1] <= _INLINE_BYTES:
+            done = self._copy(job)
+            if done.checksums is None:
+                done = done._replace(checksums=self._memory.checksums([s for _, s in job.pairs]))
+            self._reports.put(done)
+        else:
+            self._given.add(job.job_id)
+            self._worker.put(job)
         return self._last
 
     def _copy(self, job: _CpuJob) -> CopyDone:
@@ -202,7 +219,9 @@ class CopyThread:
         return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
-        return self._reports.poll(timeout_s)
+        reports = self._reports.poll(timeout_s)
+        self._given.difference_update(done.job_id for done in reports)
+        return reports
 
     def close(self) -> None:
         self._worker.close()

@@ -7,6 +7,7 @@ import torch
 import xxhash
 
 from tokenflow.replicas.errors import KVStoreError
+from tokenflow.replicas.executor import block_copies
 from tokenflow.replicas.executor.block_copies import CopyThread, runs
 
 SIZE = 4096
@@ -22,7 +23,9 @@ def memory():
 
 
 @pytest.fixture
-def copies(memory):
+def copies(memory, monkeypatch):
+    """Copies by the thread, however small."""
+    monkeypatch.setattr(block_copies, "_INLINE_BYTES", -1)
     thread = CopyThread(*memory)
     yield thread
     thread.close()
@@ -31,7 +34,9 @@ def copies(memory):
 def wait(copies, reports=1):
     done = []
     while len(done) < reports:
-        done += copies.poll(5.0)
+        more = copies.poll(5.0)
+        assert more, f"{len(done)} of {reports} reports"
+        done += more
     return done
 
 
@@ -113,3 +118,21 @@ def test_copies_go_before_checksums_but_those_come_all(memory, copies):
     assert copied == summed == jobs
     # However many copies wait, some of the checksums come in between.
     assert done.index(next(d for d in done if d.job_id == jobs[0] and d.checksums)) < 600
+
+
+def test_a_small_job_is_done_at_once_unless_others_wait(memory):
+    device, host = memory
+    copies = CopyThread(device, host)
+    job = copies.to_host([(1, 2), (2, 3)])
+    assert torch.equal(host[2:4], device[1:3])
+    (done,) = copies.poll(0.0)
+    assert (done.job_id, done.error) == (job, None)
+    assert done.checksums == tuple(xxhash.xxh3_64_intdigest(host[i].numpy()) for i in (2, 3))
+    host[3, 0] ^= 1
+    copies.to_device([(2, 5), (3, 6)], done.checksums)
+    assert [d.corrupt for d in copies.poll(0.0)] == [(1,)]
+    large = copies.to_host([(i % 40, i % 40) for i in range(300)])
+    small = copies.to_host([(0, 1)])
+    done = wait(copies, 4)
+    assert [d.job_id for d in done if d.checksums is None] == [large, small]
+    copies.close()
