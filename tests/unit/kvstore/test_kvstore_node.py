@@ -404,3 +404,27 @@ def test_the_actor_reaps_in_the_background(config, other_process, monkeypatch):
     assert reaped.wait(30)
     assert actor.info().free == 100
     actor.close()
+
+
+def test_two_nodes_on_one_machine_have_nothing_in_common(config):
+    # One name begins like the other, as node ids may.
+    nodes = {name: KVStoreActor(name, config) for name in ("node1", "node11")}
+    infos = {name: actor.register("a", os.getpid()) for name, actor in nodes.items()}
+    assert infos["node1"].path != infos["node11"].path
+    replicas = {name: Segment.attach(info.path) for name, info in infos.items()}
+    slots = {name: nodes[name].lease("a", infos[name].epoch, 3) for name in nodes}
+    commit(nodes["node1"], replicas["node1"].tables(), 0, slots["node1"][0], 5)
+    nodes["node1"]._store.poll()
+    assert IndexReader(replicas["node1"].tables()).find(5, 5) == slots["node1"][0]
+    assert IndexReader(replicas["node11"].tables()).find(5, 5) == -1
+    for name in ("node11", "node1"):
+        crash(nodes[name])
+        after = KVStoreActor(name, config)
+        assert after.info().path == infos[name].path
+        nodes[name] = after
+    nodes["node1"].close()
+    assert nodes["node11"].info().leased == 3
+    for replica in replicas.values():
+        replica.close()
+    nodes["node11"].close()
+    assert os.listdir(config.directory) == []
