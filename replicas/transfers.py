@@ -142,17 +142,6 @@ class Transfers:
             if job.kind is Kind.OFFLOAD
         )
 
-    @property
-    def held_blocks(self) -> set[int]:
-        """Device blocks that a copy under way reads, writes or keeps."""
-        jobs = self._jobs.values()
-        return {copy.block for job in jobs for copy in job.copies}.union(*(j.kept for j in jobs))
-
-    @property
-    def held_slots(self) -> list[int]:
-        """Host slots no sequence holds any more, only a copy under way; once per hold."""
-        return list(self._let_go)
-
     def queued(self, *, to_host: bool) -> int:
         """Blocks on their way in that direction."""
         return sum(

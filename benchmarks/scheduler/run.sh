@@ -25,9 +25,9 @@ for mu in 1 2 5 10 20; do
     run "conservativeness-$mu" --setting rtx4090-b --seeds 2 --policy tokenflow \
         --param tokenflow.conservativeness=$mu
 done
-run ablation-none --setting rtx4090-b --seeds 5 --policy tokenflow,slack
+run ablation-none --setting rtx4090-b --seeds 2 --policy tokenflow,slack
 for part in offload write_through overlap_transfers; do
-    run "ablation-$part" --setting rtx4090-b --seeds 5 --policy tokenflow,slack \
+    run "ablation-$part" --setting rtx4090-b --seeds 2 --policy tokenflow,slack \
         --engine $part=false
 done
 run limits-4 --setting rtx4090-a,rtx4090-c --seeds 2 --policy fcfs,tokenflow,slack \

@@ -163,7 +163,7 @@ def _keep_freed_memory() -> None:
     """Have glibc keep the memory of large temporaries.
 
     Every step makes the same ones again. Given back to the kernel each time, they cost a page fault
-    per 4 KiB, a tenth of a decode step of 32 sequences.
+    per 4 KiB.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

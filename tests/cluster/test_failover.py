@@ -8,23 +8,14 @@ import signal
 
 import openai
 import pytest
-import ray
 
-from tests.support.processes import processes_of
+from tests.support.processes import ray_pids
 
 pytestmark = pytest.mark.cluster
 
 TOKENS = 160
+REPLICA = "ray::ServeReplica:tokenflow:replica"
 BEGINNING = "you will be surprised to hear from me so soon, but the news cannot wait: " * 4
-
-
-def replica_pids() -> list[int]:
-    node = ray._private.worker.global_worker.node
-    return [
-        pid
-        for pid, command in processes_of(node.get_session_dir_path()).items()
-        if command.startswith("ray::ServeReplica:tokenflow:replica")
-    ]
 
 
 async def test_streams_survive_the_death_of_their_replica(server):
@@ -58,7 +49,7 @@ async def test_streams_survive_the_death_of_their_replica(server):
     alone = [await one(i) for i in range(100, 103)]
     started = asyncio.Semaphore(0)
     failovers = server.metric("tokenflow_failovers_total")
-    pids = replica_pids()
+    pids = ray_pids(REPLICA)
     assert len(pids) == 2
     streams = [asyncio.create_task(one(i)) for i in range(12)]
     for _ in range(12):

@@ -9,22 +9,13 @@ import time
 
 import openai
 import pytest
-import ray
 
-from tests.support.processes import processes_of
+from tests.support.processes import ray_pids
 
 pytestmark = pytest.mark.cluster
 
 TOKENS = 120
-
-
-def store_pids() -> list[int]:
-    node = ray._private.worker.global_worker.node
-    return [
-        pid
-        for pid, command in processes_of(node.get_session_dir_path()).items()
-        if command.startswith("ray::KVStoreActor")
-    ]
+STORE = "ray::KVStoreActor"
 
 
 async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(server):
@@ -57,7 +48,7 @@ async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(s
         return text, cached
 
     alone = [await one(i, "alone") for i in range(4)]
-    (pid,) = store_pids()
+    (pid,) = ray_pids(STORE)
     started = asyncio.Semaphore(0)
     streams = [asyncio.create_task(one(i, f"{i}")) for i in range(16)]
     for _ in range(16):
@@ -69,7 +60,7 @@ async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(s
     assert [text for text, _ in texts] == [text for text, _ in alone] * 4
     assert server.metric("tokenflow_store_lost") == 0
     deadline = time.monotonic() + 30
-    while not set(store_pids()) - {pid}:
+    while not set(ray_pids(STORE)) - {pid}:
         assert time.monotonic() < deadline, "the store did not come back"
         await asyncio.sleep(0.1)
     server.wait_idle()

@@ -97,7 +97,7 @@ def check_conservation(engine: Engine, host: FakeHost) -> None:
     for block in range(kv.pool.num_blocks):
         assert kv.pool.holders(block) == held[block], f"block {block}"
     slots = Counter(s for seq in sequences for s in seq.host_slots)
-    slots.update(kv.transfers.held_slots)
+    slots.update(kv.transfers._let_go)
     assert slots == host.holds
     assert not set(slots) & set(host.free)
     assert len(host.free) + len({*host.holds, *host.committed}) == host.capacity

@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import ray
+
+
+def ray_pids(title: str) -> list[int]:
+    """Processes of the cluster this process is connected to whose title begins so."""
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    return [pid for pid, command in processes_of(session).items() if command.startswith(title)]
+
 
 def processes_of(session_directory: str, marker: str = "") -> dict[int, str]:
     """Command lines by pid of live processes that have a file open below a Ray session's
