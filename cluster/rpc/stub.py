@@ -21,6 +21,8 @@ class InferenceStub:
     Generate: Any
     GetModelInfo: Any
     Cancel: Any
+    Resume: Any
+    UpdateStream: Any
 
     def __init__(self, channel: Any) -> None:
         for method in SERVICE.methods:
