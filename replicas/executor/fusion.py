@@ -1,7 +1,8 @@
 """Fewer, larger operations in transformers' model classes, with the same result.
 
-q, k and v become one matrix product, gate and up another, RMSNorm one kernel, and rotary angles a
-table. What does not look as expected is left as it is: fusing is a matter of speed only.
+q, k and v become one matrix product, gate and up another, all products constant (`linear.py`),
+RMSNorm one kernel, and rotary angles a table. What does not look as expected is left as it is:
+fusing is a matter of speed only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from tokenflow.replicas.executor.attention import paged_attention
 from tokenflow.replicas.executor.checkpoint import ModelSpec
+from tokenflow.replicas.executor.linear import constant_linear, use_constant_linear
 
 logger = logging.getLogger("tokenflow.engine")
 
@@ -37,6 +39,7 @@ def fuse_model(model: Any, spec: ModelSpec) -> int:
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(_rms_norm, module)
             fused += 1
+    use_constant_linear(model.lm_head)
     _table_rotary(body.rotary_emb, spec.max_model_len, next(body.parameters()).dtype)
     return fused + 1
 
@@ -51,22 +54,22 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _fuse_mlp(mlp: Any) -> None:
     parts = (mlp.gate_proj, mlp.up_proj)
-    mlp.gate_up_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    mlp.gate_up_bias = _cat_bias(parts)
+    mlp.gate_up = constant_linear(torch.cat([p.weight for p in parts]), _cat_bias(parts))
     del mlp.gate_proj, mlp.up_proj
+    use_constant_linear(mlp.down_proj)
 
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
+        gate, up = self.gate_up(x).chunk(2, -1)
         out: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
         return out
 
     mlp.forward = MethodType(run, mlp)
 
 
-def _cat_bias(parts: tuple[Any, ...]) -> nn.Parameter | None:
+def _cat_bias(parts: tuple[Any, ...]) -> torch.Tensor | None:
     if any(p.bias is None for p in parts):
         return None
-    return nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
+    return torch.cat([p.bias for p in parts])
 
 
 def _is_attention(module: Any) -> bool:
@@ -79,11 +82,11 @@ def _is_attention(module: Any) -> bool:
 
 def _fuse_attention(attn: Any) -> None:
     parts = (attn.q_proj, attn.k_proj, attn.v_proj)
-    attn.qkv_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    attn.qkv_bias = _cat_bias(parts)
+    attn.qkv = constant_linear(torch.cat([p.weight for p in parts]), _cat_bias(parts))
     attn.num_q = attn.q_proj.out_features // attn.head_dim
     attn.num_kv = attn.k_proj.out_features // attn.head_dim
     del attn.q_proj, attn.k_proj, attn.v_proj
+    use_constant_linear(attn.o_proj)
     attn.forward = MethodType(_attend, attn)
 
 
@@ -97,7 +100,7 @@ def _attend(
 
     x = hidden_states[0]
     tokens = x.shape[0]
-    heads = F.linear(x, self.qkv_weight, self.qkv_bias).view(tokens, -1, self.head_dim)
+    heads = self.qkv(x).view(tokens, -1, self.head_dim)
     qk, value = heads.split((self.num_q + self.num_kv, self.num_kv), 1)
     if hasattr(self, "q_norm"):
         query, key = qk.split((self.num_q, self.num_kv), 1)

@@ -1,0 +1,53 @@
+"""Matrix products with a constant weight: on a CPU by oneDNN over a weight laid out for it once.
+
+torch's own linear layer hands oneDNN (bfloat16) or MKL (float32) the weight as it lies, and it is
+laid out anew in every call. benchmarks/executor/linear.py measures both side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+"""`[..., in]` to `[..., out]`, in the weight's dtype."""
+
+_PACKED_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def constant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """The product with `weight` `[out, in]`, plus `bias` `[out]`, both never changed again.
+
+    On a CPU the weight is copied: the caller should let its own go.
+    """
+    if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and _has_packed_linear():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        return partial(_packed, packed, bias)
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+def use_constant_linear(module: nn.Linear) -> None:
+    """Give a module a constant product in place of its forward, and let its weight go when nobody
+    else holds it. Where `constant_linear` packs nothing, the module stays as it is."""
+    run = constant_linear(module.weight, module.bias)
+    if run.func is _packed:  # type: ignore[attr-defined]
+        module.forward = run
+        del module.weight
+
+
+def _packed(weight: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _has_packed_linear() -> bool:
+    """Whether this torch has the operators: they carry its compiler's CPU code, not a public API,
+    and are absent from builds without oneDNN."""
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+    )
