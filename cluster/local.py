@@ -210,6 +210,8 @@ class LocalCluster:
         values = {
             "RAY_USAGE_STATS_ENABLED": "0",
             # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
+            # Ray's workers run at 15 by default: any other process would come before the model.
+            "RAY_worker_niceness": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

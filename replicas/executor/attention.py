@@ -1,8 +1,9 @@
-"""Paged attention in plain torch (SDPA): the CPU backend and the reference for every other one.
+"""Paged attention in plain torch: the CPU backend and the reference for every other one.
 
-The pool is block-major, `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, so one block of
-all layers is one contiguous copy; a layer's K and V are strided views of it. A step is one packed
-batch: prefill chunks first, then decoding sequences, one query each.
+The pool is block-major, `[num_blocks, layers, 2, kv_heads, block_size, head_dim]`, so one block of
+all layers is one contiguous copy. Within it heads come before tokens, so that a gather by (head,
+block) puts each head's keys in one piece, as batched matrix products want them. A step is one
+packed batch: prefill chunks first, then decoding sequences, one query each.
 """
 
 from __future__ import annotations
@@ -25,19 +26,57 @@ class KVPool:
             num_blocks,
             layout.layers,
             2,
-            layout.block_size,
             layout.kv_heads,
+            layout.block_size,
             layout.head_dim,
             dtype=getattr(torch, layout.dtype),
             device=device,
         )
-        self.keys = [self.data[:, layer, 0] for layer in range(layout.layers)]
-        """Per layer `[num_blocks, block_size, kv_heads, head_dim]`."""
-        self.values = [self.data[:, layer, 1] for layer in range(layout.layers)]
+        self._tokens = self.data.view(-1, layout.head_dim)
+        """A row for each block, layer, K or V, head and token."""
+        self._blocks = self.data.view(-1, layout.block_size * layout.head_dim)
+        """A row for each block, layer, K or V, and head."""
+        self._heads = torch.arange(layout.kv_heads, device=device)
 
     def bytes_view(self) -> torch.Tensor:
         """uint8 `[num_blocks, block_bytes]` over the same memory."""
         return self.data.view(self.data.shape[0], -1).view(torch.uint8)
+
+    def token_rows(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Where `write` puts tokens, int64 `[tokens, kv_heads]`; arguments int64 `[tokens]`."""
+        rows = self._first_rows(block_ids)[:, None] + self._heads
+        return rows * self.layout.block_size + offsets[:, None]
+
+    def block_rows(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """What `read` gathers, int64 `[sequences, kv_heads, blocks]`, for int64 `[sequences,
+        blocks]`."""
+        return self._first_rows(block_ids)[:, None] + self._heads[:, None]
+
+    def _first_rows(self, block_ids: torch.Tensor) -> torch.Tensor:
+        return block_ids * (2 * self.layout.layers * self.layout.kv_heads)
+
+    def bias(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`DecodeBatch.bias` for bool `[sequences, tokens]`, true where a token is not seen."""
+        bias = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device)
+        bias.masked_fill_(hidden, float("-inf"))
+        return bias.repeat_interleave(self.layout.kv_heads, 0)[:, None]
+
+    def write(self, rows: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """K and V of a step's tokens, `[tokens, kv_heads, head_dim]` each."""
+        stride = self.layout.kv_heads * self.layout.block_size
+        self._tokens[rows + 2 * layer * stride] = key
+        self._tokens[rows + (2 * layer + 1) * stride] = value
+
+    def read(self, rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of each sequence and head in order, contiguous `[sequences * kv_heads, blocks *
+        block_size, head_dim]` each."""
+        flat = rows.flatten()
+        kv_heads = self.layout.kv_heads
+        shape = (rows.shape[0] * kv_heads, -1, self.layout.head_dim)
+        # index_select is 1.6 times faster on a CPU than advanced indexing.
+        keys = self._blocks.index_select(0, flat + 2 * layer * kv_heads)
+        values = self._blocks.index_select(0, flat + (2 * layer + 1) * kv_heads)
+        return keys.view(shape), values.view(shape)
 
 
 @dataclass(slots=True)
@@ -47,10 +86,23 @@ class PrefillChunk:
     start: int
     end: int
     context: int
-    block_ids: torch.Tensor
-    """int64 `[blocks]`, covering context and chunk."""
+    rows: torch.Tensor
+    """`KVPool.block_rows` of the blocks that cover context and chunk."""
     mask: torch.Tensor | None
     """bool `[chunk, context + chunk]`, or None for plain causal (no context, no window)."""
+
+
+@dataclass(slots=True)
+class DecodeBatch:
+    """The sequences with one query each."""
+
+    start: int
+    """Index of the first one in the packed batch."""
+    rows: torch.Tensor
+    """`KVPool.block_rows` of their block tables, which are padded with any block."""
+    bias: torch.Tensor
+    """`[sequences * kv_heads, 1, blocks * block_size]` in the pool's dtype: 0 where a token is
+    seen, else -inf."""
 
 
 @dataclass(slots=True)
@@ -58,17 +110,10 @@ class AttentionBatch:
     """What attention must know of one step; shared by all layers."""
 
     pool: KVPool
-    write_blocks: torch.Tensor
-    """int64 `[tokens]`: the block each token's KV goes to."""
-    write_offsets: torch.Tensor
-    """int64 `[tokens]`: and the place in it."""
+    write_rows: torch.Tensor
+    """`KVPool.token_rows` of the step's tokens."""
     prefills: list[PrefillChunk] = field(default_factory=list)
-    decode_start: int = 0
-    """Index of the first decoding token in the packed batch."""
-    decode_tables: torch.Tensor | None = None
-    """int64 `[sequences, max_blocks]`, padded with 0."""
-    decode_mask: torch.Tensor | None = None
-    """bool `[sequences, 1, 1, max_blocks * block_size]`."""
+    decodes: DecodeBatch | None = None
 
 
 def paged_attention(
@@ -84,12 +129,12 @@ def paged_attention(
     query `[tokens, heads, head_dim]`, key and value `[tokens, kv_heads, head_dim]`, rotary already
     applied; returns `[tokens, heads, head_dim]`.
     """
-    keys, values = batch.pool.keys[layer], batch.pool.values[layer]
-    keys[batch.write_blocks, batch.write_offsets] = key
-    values[batch.write_blocks, batch.write_offsets] = value
-    parts = [_prefill(query, key, value, chunk, keys, values, scale) for chunk in batch.prefills]
-    if batch.decode_tables is not None:
-        parts.append(_decode(query[batch.decode_start :], batch, keys, values, scale))
+    batch.pool.write(batch.write_rows, layer, key, value)
+    parts = [
+        _prefill(query, key, value, chunk, batch.pool, layer, scale) for chunk in batch.prefills
+    ]
+    if batch.decodes is not None:
+        parts.append(_decode(query, batch.decodes, batch.pool, layer, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -98,56 +143,42 @@ def _prefill(
     key: torch.Tensor,
     value: torch.Tensor,
     chunk: PrefillChunk,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pool: KVPool,
+    layer: int,
     scale: float,
 ) -> torch.Tensor:
     span = slice(chunk.start, chunk.end)
-    q = query[span]
+    q = query[span].transpose(0, 1)
     if chunk.context == 0:
-        k, v = key[span], value[span]
+        k, v = key[span].transpose(0, 1), value[span].transpose(0, 1)
     else:
-        n = chunk.context + q.shape[0]
-        k = _gather(keys, chunk.block_ids)[:n]
-        v = _gather(values, chunk.block_ids)[:n]
+        n = chunk.context + q.shape[1]
+        keys, values = pool.read(chunk.rows, layer)
+        k, v = keys[:, :n], values[:, :n]
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
+        q[None],
+        k[None],
+        v[None],
         attn_mask=chunk.mask,
         is_causal=chunk.mask is None,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[0] != k.shape[0],
     )
     return out[0].transpose(0, 1)
 
 
 def _decode(
-    query: torch.Tensor,
-    batch: AttentionBatch,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
+    query: torch.Tensor, decodes: DecodeBatch, pool: KVPool, layer: int, scale: float
 ) -> torch.Tensor:
-    assert batch.decode_tables is not None
-    sequences, heads, head_dim = query.shape
-    kv_heads = keys.shape[2]
-    flat = batch.decode_tables.view(-1)
-    k = _gather(keys, flat).view(sequences, -1, kv_heads, head_dim).transpose(1, 2)
-    v = _gather(values, flat).view(sequences, -1, kv_heads, head_dim).transpose(1, 2)
+    """Two batched products: on a CPU three times as fast as its fused attention, which is made for
+    many queries. Weights are float32 between the two."""
+    q = query[decodes.start :]
+    k, v = pool.read(decodes.rows, layer)
     # The heads of one KV group become rows of one query: no repeated K and V.
-    q = query.view(sequences, kv_heads, heads // kv_heads, head_dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.decode_mask, scale=scale)
-    return out.reshape(sequences, heads, head_dim)
-
-
-def _gather(layer: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """The blocks' rows in order, `[blocks * block_size, kv_heads, head_dim]`.
-
-    index_select over flattened blocks is 1.6 times faster on a CPU than advanced indexing.
-    """
-    rows = layer.flatten(1).index_select(0, block_ids)
-    return rows.view(-1, layer.shape[2], layer.shape[3])
+    grouped = q.reshape(k.shape[0], -1, q.shape[2])
+    scores = torch.baddbmm(decodes.bias, grouped, k.transpose(1, 2), alpha=scale)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(weights, v).view(q.shape)
 
 
 def chunk_mask(

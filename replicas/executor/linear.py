@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """`[..., in]` to `[..., out]`, in the weight's dtype."""
@@ -25,24 +24,27 @@ def constant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
     On a CPU the weight is copied: the caller should let its own go.
     """
-    if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and _has_packed_linear():
+    if _packs(weight):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         return partial(_packed, packed, bias)
     return partial(F.linear, weight=weight, bias=bias)
 
 
-def use_constant_linear(module: nn.Linear) -> None:
-    """Give a module a constant product in place of its forward, and let its weight go when nobody
-    else holds it. Where `constant_linear` packs nothing, the module stays as it is."""
-    run = constant_linear(module.weight, module.bias)
-    if run.func is _packed:  # type: ignore[attr-defined]
-        module.forward = run
+def use_constant_linear(module: Any) -> None:
+    """Give an `nn.Linear` a constant product in place of its forward, and let its weight go when
+    nobody else holds it. Where there is nothing to gain it stays as it is."""
+    if _packs(module.weight):
+        module.forward = constant_linear(module.weight, module.bias)
         del module.weight
 
 
 def _packed(weight: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and _has_packed_linear()
 
 
 def _has_packed_linear() -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from tokenflow.replicas.executor.attention import (
     AttentionBatch,
+    DecodeBatch,
     KVPool,
     PrefillChunk,
     chunk_mask,
@@ -103,22 +104,24 @@ class TorchExecutor:
         )
         owner = np.repeat(np.arange(len(packed)), lengths)
         write_blocks = tables[owner, positions // block_size]
-        device = self._device
+        device, pool = self._device, self._pool
         batch = AttentionBatch(
-            pool=self._pool,
-            write_blocks=torch.from_numpy(write_blocks).to(device),
-            write_offsets=torch.from_numpy(positions % block_size).to(device),
-            decode_start=int(lengths[:num_prefills].sum()),
+            pool,
+            pool.token_rows(
+                torch.from_numpy(write_blocks).to(device),
+                torch.from_numpy(positions % block_size).to(device),
+            ),
         )
         for k in range(num_prefills):
             end = int(ends[k]) + 1
             length, context = int(lengths[k]), int(starts[k])
+            table = torch.from_numpy(tables[k : k + 1, : last_blocks[k]]).to(device)
             batch.prefills.append(
                 PrefillChunk(
                     end - length,
                     end,
                     context,
-                    torch.from_numpy(tables[k, : last_blocks[k]]).to(device),
+                    pool.block_rows(table),
                     chunk_mask(length, context, self._window, device),
                 )
             )
@@ -127,11 +130,14 @@ class TorchExecutor:
             decode_tables = np.ascontiguousarray(tables[num_prefills:, :wide])
             seen = starts[num_prefills:, None] + 1
             places = np.arange(wide * block_size)[None]
-            mask = places < seen
+            hidden = places >= seen
             if self._window is not None:
-                mask &= places >= seen - self._window
-            batch.decode_tables = torch.from_numpy(decode_tables).to(device)
-            batch.decode_mask = torch.from_numpy(mask).to(device)[:, None, None]
+                hidden |= places < seen - self._window
+            batch.decodes = DecodeBatch(
+                int(lengths[:num_prefills].sum()),
+                pool.block_rows(torch.from_numpy(decode_tables).to(device)),
+                pool.bias(torch.from_numpy(hidden).to(device)),
+            )
         return (
             torch.from_numpy(ids).to(device),
             torch.from_numpy(positions).to(device),

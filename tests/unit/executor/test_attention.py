@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tokenflow.replicas.executor.attention import (
     AttentionBatch,
+    DecodeBatch,
     KVPool,
     PrefillChunk,
     chunk_mask,
@@ -90,8 +91,8 @@ class Setup:
         for s in self.sequences:
             for position in range(s.context):
                 block, offset = self.place(s, position)
-                self.pool.data[block, layer, 0, offset] = s.key[position]
-                self.pool.data[block, layer, 1, offset] = s.value[position]
+                self.pool.data[block, layer, 0, :, offset] = s.key[position]
+                self.pool.data[block, layer, 1, :, offset] = s.value[position]
 
     def batch(self) -> AttentionBatch:
         places = [
@@ -99,28 +100,25 @@ class Setup:
             for s in self.sequences
             for position in range(s.context, len(s.key))
         ]
-        batch = AttentionBatch(
-            pool=self.pool,
-            write_blocks=torch.tensor([block for block, _ in places]),
-            write_offsets=torch.tensor([offset for _, offset in places]),
-        )
+        blocks, offsets = torch.tensor(places).unbind(1)
+        batch = AttentionBatch(self.pool, self.pool.token_rows(blocks, offsets))
         at = 0
         for s in self.sequences:
             if not s.decodes:
                 mask = chunk_mask(s.chunk, s.context, self.window, CPU)
-                batch.prefills.append(PrefillChunk(at, at + s.chunk, s.context, s.blocks, mask))
+                rows = self.pool.block_rows(s.blocks[None])
+                batch.prefills.append(PrefillChunk(at, at + s.chunk, s.context, rows, mask))
                 at += s.chunk
-        batch.decode_start = at
         decodes = [s for s in self.sequences if s.decodes]
         if decodes:
             wide = max(len(s.blocks) for s in decodes)
             tables = torch.zeros(len(decodes), wide, dtype=torch.int64)
-            mask = torch.zeros(len(decodes), 1, 1, wide * self.block_size, dtype=torch.bool)
+            hidden = torch.ones(len(decodes), wide * self.block_size, dtype=torch.bool)
             for i, s in enumerate(decodes):
                 tables[i, : len(s.blocks)] = s.blocks
                 first = 0 if self.window is None else max(0, len(s.key) - self.window)
-                mask[i, 0, 0, first : len(s.key)] = True
-            batch.decode_tables, batch.decode_mask = tables, mask
+                hidden[i, first : len(s.key)] = False
+            batch.decodes = DecodeBatch(at, self.pool.block_rows(tables), self.pool.bias(hidden))
         return batch
 
     def run(self, layer: int = 1) -> torch.Tensor:
@@ -240,8 +238,8 @@ def test_only_the_steps_own_places_are_written():
     for s in setup.sequences:
         for position in range(s.context, len(s.key)):
             block, offset = setup.place(s, position)
-            expected[block, 0, 0, offset] = s.key[position]
-            expected[block, 0, 1, offset] = s.value[position]
+            expected[block, 0, 0, :, offset] = s.key[position]
+            expected[block, 0, 1, :, offset] = s.value[position]
     assert torch.equal(setup.pool.data, expected)
 
 
@@ -285,8 +283,9 @@ def test_one_block_of_all_layers_is_one_run_of_bytes():
     view = pool.bytes_view()
     assert tuple(view.shape) == (5, layout.block_bytes)
     assert not view.any()
+    rows = pool.token_rows(torch.full((4,), 2), torch.arange(4))
+    ones = torch.ones(4, 2, 16, dtype=torch.bfloat16)
     for layer in range(3):
-        pool.keys[layer][2] = 1
-        pool.values[layer][2] = 2
+        pool.write(rows, layer, ones, ones)
     assert view[2].view(torch.bfloat16).ne(0).all()
     assert not view[[0, 1, 3, 4]].any()
