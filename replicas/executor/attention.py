@@ -15,6 +15,9 @@ import torch.nn.functional as F
 
 from tokenflow.replicas.executor.base import KVLayout
 
+_TILE_SCORES = 1 << 21
+"""Scores at once of a prefill chunk: a few MiB, which stay in the cache."""
+
 
 class KVPool:
     """The device KV memory. Zero-initialised: masked rows take part in a product with weight 0,
@@ -90,6 +93,19 @@ class PrefillChunk:
     """`KVPool.block_rows` of the blocks that cover context and chunk."""
     mask: torch.Tensor | None
     """bool `[chunk, context + chunk]`, or None for plain causal (no context, no window)."""
+    tiles: list[_Tile] = field(default_factory=list)
+    """The chunk cut into pieces for `_by_products`; made by the first layer for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries `[start, end)` of a chunk, which see some of the first `seen` tokens."""
+
+    start: int
+    end: int
+    seen: int
+    bias: torch.Tensor
+    """`[1, group * queries, seen]`: 0 where a token is seen, else -inf."""
 
 
 @dataclass(slots=True)
@@ -155,6 +171,8 @@ def _prefill(
         n = chunk.context + q.shape[1]
         keys, values = pool.read(chunk.rows, layer)
         k, v = keys[:, :n], values[:, :n]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return _by_products(q, k, v, chunk, scale)
     out = F.scaled_dot_product_attention(
         q[None],
         k[None],
@@ -167,18 +185,59 @@ def _prefill(
     return out[0].transpose(0, 1)
 
 
+def _by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: PrefillChunk, scale: float
+) -> torch.Tensor:
+    """A chunk as batched products, `[heads or kv_heads, tokens, head_dim]` in: on a CPU and in
+    bfloat16 about twice as fast as its fused attention."""
+    heads, kv_heads = q.shape[0], k.shape[0]
+    if not chunk.tiles:
+        chunk.tiles = _cut(chunk, heads, heads // kv_heads, k)
+    parts = []
+    for tile in chunk.tiles:
+        grouped = q[:, tile.start : tile.end].reshape(kv_heads, -1, q.shape[2])
+        out = _attend(grouped, k[:, : tile.seen], v[:, : tile.seen], tile.bias, scale)
+        parts.append(out.view(heads, -1, q.shape[2]))
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return whole.transpose(0, 1)
+
+
+def _cut(chunk: PrefillChunk, heads: int, group: int, like: torch.Tensor) -> list[_Tile]:
+    """Tiles of at most `_TILE_SCORES` scores."""
+    length = chunk.end - chunk.start
+    total = chunk.context + length
+    mask = chunk.mask
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool).tril_(chunk.context)
+    bias = torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, float("-inf"))
+    queries = max(1, _TILE_SCORES // (heads * total))
+    tiles = []
+    for start in range(0, length, queries):
+        end = min(start + queries, length)
+        seen = chunk.context + end
+        tiles.append(_Tile(start, end, seen, bias[start:end, :seen].repeat(group, 1)[None]))
+    return tiles
+
+
 def _decode(
     query: torch.Tensor, decodes: DecodeBatch, pool: KVPool, layer: int, scale: float
 ) -> torch.Tensor:
-    """Two batched products: on a CPU three times as fast as its fused attention, which is made for
-    many queries. Weights are float32 between the two."""
     q = query[decodes.start :]
     k, v = pool.read(decodes.rows, layer)
     # The heads of one KV group become rows of one query: no repeated K and V.
     grouped = q.reshape(k.shape[0], -1, q.shape[2])
-    scores = torch.baddbmm(decodes.bias, grouped, k.transpose(1, 2), alpha=scale)
+    return _attend(grouped, k, v, decodes.bias, scale).view(q.shape)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention as two batched products, `[batch, tokens, head_dim]` in and out; weights are
+    float32 in between. For one query on a CPU it takes a third of the time of torch's fused
+    attention, which is made for many."""
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return torch.bmm(weights, v).view(q.shape)
+    return torch.bmm(weights, v)
 
 
 def chunk_mask(

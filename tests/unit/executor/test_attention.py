@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenflow.replicas.executor import attention
 from tokenflow.replicas.executor.attention import (
     AttentionBatch,
     DecodeBatch,
@@ -197,6 +198,15 @@ def test_half_precision_is_near_the_float32_reference(dtype):
     out = setup.run()
     assert out.dtype == getattr(torch, dtype)
     torch.testing.assert_close(out.float(), setup.expected(), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("scores", [1, 100, 1 << 21])
+def test_a_bfloat16_chunk_is_the_same_in_any_tiles(scores, monkeypatch):
+    monkeypatch.setattr(attention, "_TILE_SCORES", scores)
+    for window in (None, 5):
+        setup = Setup([(0, 40), (17, 23), (3, 2)], heads=6, dtype="bfloat16", window=window)
+        out = setup.run().float()
+        torch.testing.assert_close(out, setup.expected(), atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("window", [None, 7])
