@@ -59,6 +59,7 @@ def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     if float(rates.sum()) <= limit:
         return None
     order = tracker.by_arrival()
+    order = order[~tracker.paused[order]]
     beyond = np.zeros(len(tracker), bool)
     beyond[order] = np.cumsum(rates[order]) > limit
     beyond[order[0]] = False
