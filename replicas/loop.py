@@ -65,6 +65,7 @@ class EngineLoop:
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Change | _Stop] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._step_since: float | None = None
         self._thread = threading.Thread(target=self._main, name="tokenflow-engine", daemon=True)
 
     def start(self) -> None:
@@ -105,6 +106,12 @@ class EngineLoop:
         """Live counters; read without a lock, so figures of one step may be half updated."""
         return self._engine.stats
 
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the present step began; 0 between steps."""
+        since = self._step_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _main(self) -> None:
         try:
             self._run()
@@ -119,8 +126,10 @@ class EngineLoop:
     def _run(self) -> None:
         engine = self._engine
         while True:
+            self._step_since = None
             if not self._drain_inbox(block=not engine.has_work):
                 return
+            self._step_since = time.monotonic()
             # Without work there is still news to count: what was cancelled is free now.
             ran = engine.step() if engine.has_work else engine.refresh_stats()
             events = engine.take_events()
