@@ -44,7 +44,7 @@ class _Outbox:
 class _Request:
     """A request of this replica, and which ingress has it."""
 
-    __slots__ = ("ended", "events", "made", "owner", "submission", "taken_s")
+    __slots__ = ("ended", "events", "left", "made", "owner", "submission", "taken_s")
 
     def __init__(self, submission: Submission) -> None:
         self.submission = submission
@@ -54,6 +54,8 @@ class _Request:
         """Kept only with a context."""
         self.made = len(submission.resumed_ids)
         self.ended = False
+        self.left = 0
+        """How often its ingress was gone."""
         self.taken_s = time.monotonic()
 
     @property
@@ -239,12 +241,14 @@ class Outboxes:
                 self.cancel([request.id])
                 continue
             request.owner = None
+            request.left += 1
             if not request.ended:
                 self._engine.change_reader(request.id, ReaderChange(paused=True))
-                self._later(self._expire, request)
+                self._later(self._expire, request, request.left)
 
-    def _expire(self, request: _Request) -> None:
-        if request.owner is None and self._requests.get(request.id) is request:
+    def _expire(self, request: _Request, left: int) -> None:
+        waits = request.owner is None and request.left == left and not request.ended
+        if waits and self._requests.get(request.id) is request:
             self.cancel([request.id])
 
     def _tell_owner(self, notice: Notice, request: _Request) -> bool:

@@ -130,7 +130,7 @@ class _Common(_Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     token_rate: Number | Literal["max"] | None = None
-    request_id: str | None = None
+    request_id: Annotated[str, Field(max_length=256)] | None = None
     resumable: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None = None
     user: str | None = None
