@@ -189,6 +189,7 @@ class Ingress:
             ingress=self._streams.ingress_id,
             streams=self._streams.active,
             failovers=self._streams.failovers,
+            moves=self._streams.moves,
         )
         return Response(text, media_type=_PROMETHEUS_TYPE)
 

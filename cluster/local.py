@@ -237,7 +237,7 @@ class LocalCluster:
         """Deploy the application and return when it answers."""
         from ray import serve
 
-        from tokenflow.cluster.app import APP_NAME, build_app
+        from tokenflow.cluster.app import APP_NAME
         from tokenflow.kvstore.actor import shutdown_stores
 
         if self._deployed:
@@ -245,6 +245,20 @@ class LocalCluster:
             serve.delete(APP_NAME)
             shutdown_stores()
         self.config = config or self.config
+        self._deploy()
+
+    def update(self, config: ClusterConfig) -> None:
+        """Go over to another configuration of the same model, on the same ports, without dropping a
+        stream: replicas are replaced, or their number changes, one after the other under load.
+        Returns when all is as configured."""
+        self.config = config
+        self._deploy()
+
+    def _deploy(self) -> None:
+        from ray import serve
+
+        from tokenflow.cluster.app import APP_NAME, build_app
+
         gpus = self.config.replicas.gpus_each
         if gpus is None:
             gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
