@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tokenflow.cluster.replica_registry import REGISTRY
@@ -47,13 +47,12 @@ _LONGEST_LOOK_S = 0.1
 
 @dataclass(slots=True)
 class _Move:
-    """A stream between two replicas: what the old one still says, until the new one has it."""
+    """A stream between two replicas: the old one goes on until the new one speaks."""
 
     stream: Stream
     attempt_id: str
     """On the old one."""
     replica_id: str
-    late: list[TokenEvent] = field(default_factory=list)
     lost: bool = False
     """Whether the old one was lost meanwhile."""
 
@@ -133,8 +132,7 @@ class StreamManager:
         self._open.pop(stream.id, None)
         known = self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
-        for move in [m for m in self._moves.values() if m.stream is stream]:
-            self._end_move(move)
+        self._end_moves(stream)
         if known is not None and stream.finish_reason is None and stream.replica_id is not None:
             self._cancel([stream.attempt_id], stream.replica_id)
 
@@ -354,8 +352,8 @@ class StreamManager:
             return
 
     def _placed(self, stream: Stream, attempt_id: str, replica_id: str) -> None:
-        if stream.finish_reason is not None:
-            # It ended, or the client left, while the request was on its way.
+        if stream.finish_reason is not None or stream.attempt_id != attempt_id:
+            # It ended, or the client left, or it was lost, while the request was on its way.
             self._streams.pop(attempt_id, None)
             REGISTRY.finish(attempt_id)
             self._cancel([attempt_id], replica_id)
@@ -394,9 +392,9 @@ class StreamManager:
     async def move_to(self, stream: Stream, replica_id: str | None = None) -> bool:
         """Move a live stream to another replica, to `replica_id` or to where the router says.
 
-        It leaves the old one between two tokens, once the new one has taken it with all tokens so
-        far. False when it stays: it has ended, is on no replica or moving already, or nobody takes
-        it.
+        The new one takes it with all tokens so far; the old one goes on until the new one speaks,
+        so that the reader sees no pause. What both say is taken once. False when it stays: it has
+        ended, is on no replica or moving already, or nobody takes it.
         """
         if stream.finish_reason is not None or stream.replica_id in (None, replica_id):
             return False
@@ -409,7 +407,6 @@ class StreamManager:
         move = _Move(stream, stream.attempt_id, stream.replica_id)
         self._moves[move.attempt_id] = move
         deadline = time.monotonic() + self._failover_timeout_s
-        # What the old one says from here on, the new one says again.
         submission = self._submission(stream)
         self._streams[submission.request_id] = stream
         try:
@@ -418,11 +415,13 @@ class StreamManager:
             logger.info("stream %s stays: %s", stream.id, error)
             self._streams.pop(submission.request_id, None)
             REGISTRY.finish(submission.request_id)
-            self._stay(move)
+            if stream.attempt_id == submission.request_id:
+                self._stay(move)
             return False
         moved = stream.finish_reason is None
         self.moves += moved
-        self._end_move(move)
+        if not moved or move.lost:
+            self._end_move(move)
         self._placed(stream, submission.request_id, replica_id)
         return moved
 
@@ -434,18 +433,16 @@ class StreamManager:
         REGISTRY.finish(move.attempt_id)
         if not move.lost:
             self._cancel([move.attempt_id], move.replica_id)
+        if move.stream.id in self._changes:
+            self._tell(move.stream, ReaderChange())
 
     def _stay(self, move: _Move) -> None:
-        """Nobody took it: the old replica goes on."""
+        """Nobody took it: the old replica goes on, if it can."""
         stream = move.stream
-        if self._moves.pop(move.attempt_id, None) is None:
-            return
-        stream.attempt_id = move.attempt_id
-        if move.lost:
+        if self._moves.pop(move.attempt_id, None) is None or move.lost:
             self._lose(stream)
             return
-        for event in move.late:
-            self._take(event)
+        stream.attempt_id = move.attempt_id
         self._tell(stream, ReaderChange(token_rate=stream.token_rate))
 
     # -- what replicas say ----------------------------------------------------------------------
@@ -490,15 +487,34 @@ class StreamManager:
             if self._adoptions:
                 self._early[event.request_id].append(event)
             return
-        move = self._moves.get(event.request_id)
-        if move is not None:
-            move.late.append(event)
+        if event.request_id == stream.attempt_id:
+            self._end_moves(stream)
+        if 0 <= event.offset < len(stream.token_ids) and event.token_id >= 0:
+            if event.token_id != stream.token_ids[event.offset]:
+                # Two replicas that compute differently: it goes on after what the reader has.
+                self._cancel_attempts(stream)
+                self._lose(stream)
             return
         stream.deliver(event)
         if stream.finish_reason is not None:
+            self._cancel_attempts(stream, but=event.request_id)
             self._streams.pop(event.request_id, None)
             self._open.pop(stream.id, None)
             REGISTRY.finish(event.request_id)
+
+    def _end_moves(self, stream: Stream) -> None:
+        for move in [m for m in self._moves.values() if m.stream is stream]:
+            self._end_move(move)
+
+    def _cancel_attempts(self, stream: Stream, but: str = "") -> None:
+        """End what replicas have of it, but for the attempt `but`."""
+        self._end_moves(stream)
+        if stream.attempt_id != but:
+            self._streams.pop(stream.attempt_id, None)
+            REGISTRY.finish(stream.attempt_id)
+            if stream.replica_id is not None:
+                # One that is on its way to a replica is ended when it has arrived.
+                self._cancel([stream.attempt_id], stream.replica_id)
 
     def _obey(self, notice: Notice) -> None:
         """Do what another ingress was asked about a stream of this one."""
@@ -533,14 +549,18 @@ class StreamManager:
     def _abandon(self, replica_id: str) -> list[str]:
         """Resubmit the streams of a lost replica; their attempts on it."""
         attempts = []
-        for move in self._moves.values():
+        for move in list(self._moves.values()):
             if move.replica_id == replica_id:
                 move.lost = True
                 attempts.append(move.attempt_id)
+                if move.stream.replica_id != replica_id:
+                    self._end_move(move)  # the new one has it, and will speak
         for stream in self.on_replica(replica_id):
-            if not self._is_moving(stream):
-                attempts.append(stream.attempt_id)
-                self._lose(stream)
+            if any(m.stream is stream and m.lost for m in self._moves.values()):
+                continue  # on its way to another one
+            attempts.append(stream.attempt_id)
+            self._end_moves(stream)
+            self._lose(stream)
         return attempts
 
     def _lose(self, stream: Stream) -> None:
@@ -574,8 +594,13 @@ class StreamManager:
                     if not await self.move_to(stream):
                         await asyncio.sleep(_RETRY_PAUSE_S)
 
-        while (streams := self.on_replica(replica_id)) and replica_id in self._pumps:
-            await asyncio.gather(*(leave(stream) for stream in streams))
+        while replica_id in self._pumps:
+            if streams := self.on_replica(replica_id):
+                await asyncio.gather(*(leave(stream) for stream in streams))
+            elif any(move.replica_id == replica_id for move in self._moves.values()):
+                await asyncio.sleep(self._look_s)
+            else:
+                break
         if replica_id not in REGISTRY.replicas and (pump := self._pumps.get(replica_id)):
             pump.cancel()
 

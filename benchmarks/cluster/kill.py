@@ -27,7 +27,6 @@ from typing import Any
 import grpc
 import httpx
 
-from tests.support.processes import processes_of
 from tests.support.sse import Reading, go_on, read
 from tokenflow.cluster.config import ClusterConfig, load_config
 from tokenflow.cluster.local import LocalCluster, free_port
@@ -215,6 +214,8 @@ class Killer:
     def pids(self, kind: str) -> list[int]:
         import ray
 
+        from tests.support.processes import processes_of
+
         session = ray._private.worker.global_worker.node.get_session_dir_path()
         found = processes_of(session)
         if kind == "proxy":
@@ -320,6 +321,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
+    # Ray reads these when it is imported.
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+    os.environ.setdefault("RAY_ADDRESS", "local")
     server = LocalCluster(configuration())
     cluster = None
     if options.nodes == 2:
