@@ -366,21 +366,24 @@ class Ingress:
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(call.n))
         ]
         request_id = new_id(call)
-        context = None
-        if call.resumable:
-            self._reconnections.check_free(request_id)
-            context = Context(call, int(time.time()), prompts, params)
-        generation = await Generation.start(
-            self._streams,
-            request_id,
-            prompts,
-            call.n,
-            lambda _, choice: params[choice],
-            call.token_rate,
-            call.cache_salt,
-            context.to_bytes() if context else b"",
-        )
-        if context is not None:
+
+        async def start(context: bytes) -> Generation:
+            return await Generation.start(
+                self._streams,
+                request_id,
+                prompts,
+                call.n,
+                lambda _, choice: params[choice],
+                call.token_rate,
+                call.cache_salt,
+                context,
+            )
+
+        if not call.resumable:
+            return await start(b"")
+        context = Context(call, int(time.time()), prompts, params)
+        with self._reconnections.starting(request_id):
+            generation = await start(context.to_bytes())
             self._reconnections.keep(generation, context)
         return generation
 

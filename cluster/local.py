@@ -212,6 +212,9 @@ class LocalCluster:
             # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # A HAProxy that died is started again after three of these, by default after 30 s:
+            # that is as long as a resumable request waits for its client.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             # Two clusters on one machine must not share sockets or ports.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),

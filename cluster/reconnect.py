@@ -7,7 +7,9 @@ replicas (`StreamManager.adopt`), whose context says how the answer was begun.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokenflow.cluster.api.protocol import Call
@@ -57,18 +59,26 @@ class Reconnections:
         self._manager = manager
         self._grace_s = grace_s
         self._kept: dict[str, Kept] = {}
+        self._starting: set[str] = set()
         self._adopting = asyncio.Lock()
 
-    def check_free(self, request_id: str) -> None:
-        """Raise InvalidRequestError (409) when a request of that id is kept already."""
+    @contextlib.contextmanager
+    def starting(self, request_id: str) -> Iterator[None]:
+        """While a request of that id is being started. Raises InvalidRequestError (409) when there
+        is one already."""
         kept = self._kept.get(request_id)
-        if kept is not None and not kept.generation.taken:
+        if request_id in self._starting or (kept is not None and not kept.generation.taken):
             raise InvalidRequestError(
                 f"A resumable request {request_id[:_SHOWN_CHARS]!r} exists already; go on with it, "
                 "or choose another id.",
                 param="request_id",
                 status=409,
             )
+        self._starting.add(request_id)
+        try:
+            yield
+        finally:
+            self._starting.discard(request_id)
 
     def keep(self, generation: Generation, context: Context) -> Kept:
         """From now on its reader may leave and come back."""

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.support.processes import ray_pids
-from tests.support.sse import begin, go_on
+from tests.support.sse import Reading, begin, go_on, read
 from tokenflow.cluster.config import ClusterConfig
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.stub import InferenceStub
@@ -191,8 +191,6 @@ async def test_streams_outlive_their_ingress(two, client, stub):
     async def over_http() -> str:
         request_id, reading, sent = new_id(), None, {"X-Resumable": "true"}
         async with httpx.AsyncClient(base_url=two.url, timeout=60) as own:
-            from tests.support.sse import Reading, read
-
             reading = Reading(request_id)
             headers = {"X-Request-Id": request_id, **sent}
             try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +26,16 @@ class Reading:
     ids: list[str] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     """When each event with text came, seconds of the monotonic clock."""
+    on_text: Callable[[int], None] | None = None
+    """Is told of each piece of text which one it was."""
 
     def take(self, event: dict[str, str]) -> None:
         """One server-sent event."""
         self.last_id = event["id"]
         self.ids.append(event["id"])
-        assert event["id"].rpartition(":")[0] == self.request_id
+        request_id = event["id"].rpartition(":")[0]
+        self.request_id = self.request_id or request_id
+        assert request_id == self.request_id
         if event["data"] == "[DONE]":
             self.done = True
             return
@@ -40,6 +46,8 @@ class Reading:
             text = choice.get("text") or choice.get("delta", {}).get("content") or ""
             if text:
                 self.arrivals.append(time.monotonic())
+                if self.on_text is not None:
+                    self.on_text(len(self.arrivals))
             self.text += text
             self.finish = choice["finish_reason"] or self.finish
 
@@ -84,3 +92,32 @@ async def go_on(client: httpx.AsyncClient, reading: Reading, until: int | None =
             return reading
         assert answer.status_code == 200, await answer.aread()
         return await read(answer, reading, until)
+
+
+class Started:
+    """Completions that tell when they have begun: the clients of tests that kill something."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+        self._client = client
+        self._model = model
+        self.begun = asyncio.Semaphore(0)
+
+    async def read(self, **body: Any) -> Reading:
+        """One greedy completion to its end; `begun` is released with its second piece of text."""
+        request = {"model": self._model, "temperature": 0, "ignore_eos": True, "stream": True}
+        request |= {"stream_options": {"include_usage": True}, **body}
+        reading = Reading("", on_text=self._on_text)
+        async with self._client.stream("POST", "/v1/completions", json=request) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            await read(answer, reading)
+        assert reading.usage and reading.usage["completion_tokens"] == body["max_tokens"]
+        return reading
+
+    def _on_text(self, pieces: int) -> None:
+        if pieces == 2:
+            self.begun.release()
+
+    async def wait(self, streams: int) -> None:
+        """Until so many have begun."""
+        for _ in range(streams):
+            await asyncio.wait_for(self.begun.acquire(), 60)
