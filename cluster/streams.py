@@ -8,19 +8,20 @@ frame subscription (the pump), whatever the number of streams.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from tokenflow.cluster.replica_calls import ReplicaCalls
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.stream import Stream
+from tokenflow.cluster.takeover import sort_out
 from tokenflow.cluster.watch import ReplicaWatch
-from tokenflow.cluster.wire import Holding, Notice, Submission, unpack, unpack_events
+from tokenflow.cluster.wire import Notice, Submission, unpack
 from tokenflow.replicas.errors import (
     CapacityError,
     EngineDeadError,
@@ -37,8 +38,6 @@ logger = logging.getLogger("ray.serve")
 _Result = TypeVar("_Result")
 
 _RETRY_PAUSE_S = 0.25
-_CALL_TIMEOUT_S = 2.0
-"""Of a question to a replica that other replicas can answer as well."""
 _MOVES_AT_ONCE = 8
 """Streams that are moved off a leaving replica at the same time."""
 _LOOKS_PER_SILENCE = 8
@@ -68,7 +67,6 @@ class StreamManager:
         """Streams moved off a lost replica, total."""
         self.moves = 0
         """Streams moved off a living one, total."""
-        self._handle = handle
         self._failover_timeout_s = failover_timeout_s
         self._open: dict[str, Stream] = {}
         """Streams that have not ended, by id."""
@@ -87,9 +85,9 @@ class StreamManager:
         self._pumps: dict[str, asyncio.Task[None]] = {}
         self._watch = ReplicaWatch(replica_silence_s)
         self._look_s = min(replica_silence_s / _LOOKS_PER_SILENCE, _LONGEST_LOOK_S)
+        self._calls = ReplicaCalls(handle, look_s=self._look_s)
         self._watcher: asyncio.Task[None] | None = None
         self._moving = asyncio.Semaphore(_MOVES_AT_ONCE)
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def active(self) -> int:
@@ -133,8 +131,8 @@ class StreamManager:
         known = self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
         self._end_moves(stream)
-        if known is not None and stream.finish_reason is None and stream.replica_id is not None:
-            self._cancel([stream.attempt_id], stream.replica_id)
+        if known is not None and stream.finish_reason is None:
+            self._cancel_on(stream.replica_id, stream.attempt_id)
 
     def change(self, stream: Stream, change: ReaderChange) -> None:
         """What the stream's reader does from now on. Raises InvalidRequestError when it has
@@ -174,7 +172,7 @@ class StreamManager:
             if change is None:
                 break
             try:
-                await self._ask("change", (stream.attempt_id, change), stream.replica_id)
+                await self._calls.ask(stream.replica_id, "change", stream.attempt_id, change)
             except Exception as error:
                 logger.info("change of %s not delivered: %s", stream.id, type(error).__name__)
         self._telling.discard(stream.id)
@@ -183,124 +181,53 @@ class StreamManager:
         return any(move.stream is stream for move in self._moves.values())
 
     async def info(self, timeout_s: float) -> dict[str, Any]:
-        """What a replica says about the model. Raises EngineDeadError when none answers in time."""
-        return await self._spawn(self._info(timeout_s))
-
-    async def _info(self, timeout_s: float) -> dict[str, Any]:
-        from ray.exceptions import RayActorError
-
-        response = self._handle.info.remote()
-        try:
-            async with asyncio.timeout(timeout_s):
-                info: dict[str, Any] = await response
-                return info
-        except (TimeoutError, RayActorError) as error:
-            response.cancel()
-            raise EngineDeadError("no replica answers") from error
+        """See `ReplicaCalls.info`."""
+        return await self._calls.info(timeout_s)
 
     async def stats(self) -> list[dict[str, Any]]:
         """Counters of every replica that answers."""
-        return [r for r in await self._ask_all("stats") if isinstance(r, dict)]
-
-    async def _ask_all(self, method: str, *args: Any) -> list[Any]:
-        """The answers, or the exceptions, of all replicas that are not silent."""
-        asked = [name for name in REGISTRY.replicas if not REGISTRY.avoids(name)]
-        return await asyncio.gather(
-            *(self._spawn(self._ask(method, args, name)) for name in asked),
-            return_exceptions=True,
-        )
-
-    async def _ask(self, method: str, args: tuple[Any, ...], replica_id: str) -> Any:
-        response = getattr(self._handle, method).remote(*args, target=replica_id)
-        try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await response
-        except TimeoutError:
-            response.cancel()
-            raise
+        answers = await self._calls.ask_all("stats")
+        return [answer for _, answer in answers if isinstance(answer, dict)]
 
     # -- requests of other ingresses ------------------------------------------------------------
 
     async def control(self, request_id: str, change: ReaderChange | None) -> bool:
         """Have a client's request changed, or (None) ended, whichever ingress it belongs to. False
         when no replica knows it. Raises InvalidRequestError."""
-        answers = await self._ask_all("control", request_id, change)
-        for answer in answers:
+        answers = await self._calls.ask_all("control", request_id, change)
+        for _, answer in answers:
             if isinstance(answer, InvalidRequestError):
                 raise answer
-        return any(answer is True for answer in answers)
+        return any(answer is True for _, answer in answers)
 
     async def adopt(self, request_id: str) -> list[Stream]:
         """Take a client's request over from an ingress that is gone, or that its client left: the
         streams of the choices that replicas still have. They have no reader yet."""
         self._adoptions += 1
         try:
-            asked = [name for name in REGISTRY.replicas if not REGISTRY.avoids(name)]
-            answers = await asyncio.gather(
-                *(self._spawn(self._ask("adopt", (request_id, self.ingress_id), n)) for n in asked),
-                return_exceptions=True,
+            answers = await self._calls.ask_all("adopt", request_id, self.ingress_id)
+            streams, old = sort_out(
+                self,
+                (
+                    (holding, name)
+                    for name, answer in answers
+                    if not isinstance(answer, BaseException)
+                    for holding in answer
+                ),
             )
-            found = [
-                (holding, name)
-                for name, answer in zip(asked, answers, strict=True)
-                if not isinstance(answer, BaseException)
-                for holding in answer
-            ]
-            return self._adopted(found)
+            for stream in old:
+                self._cancel_on(stream.replica_id, stream.attempt_id)
+            for stream in streams:
+                if stream.finish_reason is None and stream.replica_id is not None:
+                    self._open[stream.id] = self._streams[stream.attempt_id] = stream
+                    self._listen(stream.replica_id)
+                    for event in self._early.pop(stream.attempt_id, []):
+                        self._take(event)
+            return streams
         finally:
             self._adoptions -= 1
             if not self._adoptions:
                 self._early.clear()
-
-    def _adopted(self, found: list[tuple[Holding, str]]) -> list[Stream]:
-        if not found:
-            return []
-        # Clients may use an id again: it means the request that came last.
-        context = min(found, key=lambda item: item[0].age_s)[0].submission.context
-        newest: dict[int, Stream] = {}
-        for holding, replica_id in found:
-            submission = holding.submission
-            stream = self._from_holding(holding, replica_id)
-            rival = newest.get(submission.choice)
-            if submission.context != context or (rival and rival.attempt > stream.attempt):
-                # A request of old, or an attempt that its ingress had given up.
-                self._cancel([stream.attempt_id], replica_id)
-                continue
-            if rival is not None and rival.replica_id is not None:
-                self._cancel([rival.attempt_id], rival.replica_id)
-            newest[submission.choice] = stream
-        for stream in newest.values():
-            early = self._early.pop(stream.attempt_id, [])
-            if stream.finish_reason is None:
-                self._open[stream.id] = self._streams[stream.attempt_id] = stream
-                if stream.replica_id is not None:
-                    self._listen(stream.replica_id)
-                for event in early:
-                    self._take(event)
-        return [newest[choice] for choice in sorted(newest)]
-
-    def _from_holding(self, holding: Holding, replica_id: str) -> Stream:
-        submission = holding.submission
-        stream = Stream(
-            self,
-            submission.client_id,
-            submission.prompt_ids,
-            submission.params,
-            submission.token_rate,
-            submission.cache_salt,
-            choice=submission.choice,
-            context=submission.context,
-        )
-        stream.attempt_id = submission.request_id
-        stream.id, _, attempt = submission.request_id.rpartition("#")
-        stream.attempt = int(attempt)
-        stream.paused = submission.paused
-        stream.unread = True
-        stream.replica_id = replica_id
-        stream.arrived_s = time.monotonic() - holding.age_s
-        for event in unpack_events(holding.events):
-            stream.deliver(event)
-        return stream
 
     # -- placing and moving ---------------------------------------------------------------------
 
@@ -356,7 +283,7 @@ class StreamManager:
             # It ended, or the client left, or it was lost, while the request was on its way.
             self._streams.pop(attempt_id, None)
             REGISTRY.finish(attempt_id)
-            self._cancel([attempt_id], replica_id)
+            self._cancel_on(replica_id, attempt_id)
             return
         stream.replica_id = replica_id
         self._listen(replica_id)
@@ -366,28 +293,12 @@ class StreamManager:
     async def _submit(
         self, submission: Submission, deadline: float, target: str | None = None
     ) -> str:
-        """The id of the replica that took it. Raises EngineDeadError when none is there in time."""
-        attempt_id, rate = submission.request_id, submission.token_rate
-        if target is not None:
-            REGISTRY.assign(attempt_id, rate, [target])
-        response = self._handle.submit.remote(submission, route=(attempt_id, rate), target=target)
-        answer = self._spawn(_answer(response))
+        """See `ReplicaCalls.submit`; what was given up is ended wherever it may have got."""
         try:
-            while True:
-                left = deadline - time.monotonic()
-                done, _ = await asyncio.wait([answer], timeout=max(0.0, min(left, self._look_s)))
-                if done:
-                    replica_id: str = answer.result()
-                    return replica_id
-                where = REGISTRY.where(attempt_id)
-                # Asked of one that fell silent: it may never answer.
-                if left <= 0 or (where is not None and REGISTRY.avoids(where)):
-                    response.cancel()
-                    if where is not None:
-                        self._cancel([attempt_id], where)
-                    raise EngineDeadError("no replica took the request in time")
-        finally:
-            answer.cancel()
+            return await self._calls.submit(submission, deadline, target)
+        except EngineDeadError:
+            self._cancel_on(REGISTRY.where(submission.request_id), submission.request_id)
+            raise
 
     async def move_to(self, stream: Stream, replica_id: str | None = None) -> bool:
         """Move a live stream to another replica, to `replica_id` or to where the router says.
@@ -432,7 +343,7 @@ class StreamManager:
         self._streams.pop(move.attempt_id, None)
         REGISTRY.finish(move.attempt_id)
         if not move.lost:
-            self._cancel([move.attempt_id], move.replica_id)
+            self._cancel_on(move.replica_id, move.attempt_id)
         if move.stream.id in self._changes:
             self._tell(move.stream, ReaderChange())
 
@@ -456,9 +367,7 @@ class StreamManager:
 
     async def _pump(self, replica_id: str) -> None:
         """Fetch the frames of one replica until it is lost."""
-        frames = self._handle.options(stream=True, method_name="frames").remote(
-            self.ingress_id, target=replica_id
-        )
+        frames = self._calls.frames(self.ingress_id, replica_id)
         try:
             async for frame in frames:
                 if self._watch.heard(replica_id, time.monotonic()):
@@ -512,9 +421,8 @@ class StreamManager:
         if stream.attempt_id != but:
             self._streams.pop(stream.attempt_id, None)
             REGISTRY.finish(stream.attempt_id)
-            if stream.replica_id is not None:
-                # One that is on its way to a replica is ended when it has arrived.
-                self._cancel([stream.attempt_id], stream.replica_id)
+            # One that is on its way to a replica is ended when it has arrived.
+            self._cancel_on(stream.replica_id, stream.attempt_id)
 
     def _obey(self, notice: Notice) -> None:
         """Do what another ingress was asked about a stream of this one."""
@@ -583,7 +491,7 @@ class StreamManager:
         logger.warning("replica %s speaks again", replica_id)
         REGISTRY.trust(replica_id)
         if stale := self._stale.pop(replica_id, []):
-            self._cancel(stale, replica_id)
+            self._cancel_on(replica_id, *stale)
 
     async def _evacuate(self, replica_id: str) -> None:
         """Move all streams off a replica that is about to stop, then let it go."""
@@ -604,30 +512,14 @@ class StreamManager:
         if replica_id not in REGISTRY.replicas and (pump := self._pumps.get(replica_id)):
             pump.cancel()
 
-    def _cancel(self, attempt_ids: list[str], replica_id: str) -> None:
+    def _cancel_on(self, replica_id: str | None, *attempt_ids: str) -> None:
         """End attempts on a replica, as soon as it listens."""
+        if replica_id is None:
+            return
         if REGISTRY.avoids(replica_id):
             self._stale[replica_id] += attempt_ids
         else:
-            self._spawn(self._send_cancel(attempt_ids, replica_id))
-
-    async def _send_cancel(self, attempt_ids: Iterable[str], replica_id: str) -> None:
-        try:
-            await self._handle.cancel.remote(list(attempt_ids), target=replica_id)
-        except Exception as error:
-            logger.info("cancel not delivered to %s: %s", replica_id, type(error).__name__)
+            self._spawn(self._calls.cancel(list(attempt_ids), replica_id))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
-        """Run in the background, outside the request that happens to be current.
-
-        Every call to a replica is made this way: Serve cancels a request's own calls together with
-        it, and two that are made at once would share one id, upon which its router spins for ever.
-        """
-        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-async def _answer(response: Any) -> Any:
-    return await response
+        return self._calls.spawn(coroutine)

@@ -71,6 +71,8 @@ class Clients:
         self.tokens, self.rate = tokens, rate
         self.tally = Tally()
         self.stopping = False
+        self.warm = asyncio.Event()
+        """Set when the undisturbed texts are there, and the load begins."""
         self.alone: dict[tuple[str, int], Any] = {}
         self._made = 0
 
@@ -83,6 +85,7 @@ class Clients:
             self.alone["http", kind] = (await self._over_http(kind, [])).text
             self.alone["grpc", kind] = await self._over_grpc(kind, [])
         self.tally = Tally()
+        self.warm.set()
         lanes = [("http", i) for i in range(http)] + [("grpc", i) for i in range(rpc)]
         await asyncio.gather(*(self._lane(way, i) for way, i in lanes))
 
@@ -268,6 +271,7 @@ async def measure(server: LocalCluster, cluster: Any, options: argparse.Namespac
     )
     killer = Killer(cluster, options.seed)
     load = asyncio.create_task(clients.run(options.http, options.grpc))
+    await clients.warm.wait()
     await asyncio.sleep(5)
     await killer.run(options.duration, options.every)
     clients.stopping = True

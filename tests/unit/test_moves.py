@@ -35,7 +35,7 @@ def handle():
 async def manager(handle):
     made = StreamManager(handle, failover_timeout_s=5, replica_silence_s=0.4)
     yield made
-    for task in list(made._tasks):
+    for task in list(made._calls.tasks):
         task.cancel()
 
 
@@ -206,7 +206,7 @@ async def test_another_ingress_takes_over_between_two_tokens(handle, manager):
     old.step(LIMIT)
     assert await second == WHOLE[1:]
     assert await other.adopt("nobody") == []
-    for task in list(other._tasks):
+    for task in list(other._calls.tasks):
         task.cancel()
 
 

@@ -194,5 +194,5 @@ async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens
     assert stream.cached_tokens == 2
     assert replicas.loads == [counted, counted]
     assert not REGISTRY._loads
-    for task in manager._tasks:
+    for task in manager._calls.tasks:
         task.cancel()
