@@ -140,12 +140,18 @@ class LocalCluster:
             return "127.0.0.1"
         return f"[{host}]" if ":" in host else host
 
+    def prepare(self) -> None:
+        """Set the environment that Ray's processes need; before any of them is started. `start`
+        does it for a Ray of its own."""
+        if self._scratch is None:
+            # Unix sockets go in here below a folder of 57 characters that Serve adds; their paths
+            # may have 97, whatever TMPDIR is.
+            self._scratch = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
+            self._set_environment(self._scratch)
+
     def start(self) -> None:
         """Start Ray (when none runs) and Serve's HTTP and gRPC fronts."""
-        # Unix sockets go in here below a folder of 57 characters that Serve adds; their paths may
-        # have 97, whatever TMPDIR is.
-        self._scratch = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
-        self._set_environment(self._scratch)
+        self.prepare()
         import ray
         from ray import serve
         from ray.serve.config import HTTPOptions, gRPCOptions

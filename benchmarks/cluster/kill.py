@@ -333,6 +333,7 @@ def main() -> int:
     if options.nodes == 2:
         from ray.cluster_utils import Cluster
 
+        server.prepare()
         Path("/tmp/ray").mkdir(exist_ok=True)
         head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 128 << 20}
         cluster = Cluster(initialize_head=True, head_node_args=head)
