@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -19,13 +22,16 @@ GRPC_SERVICERS = ["tokenflow.cluster.rpc.servicer.add_inference_to_server"]
 # Admission is the engine's and the ingress's business; Serve's own limit must never bite first.
 _UNLIMITED = 1_000_000
 
+# Longest time that ingresses have to move their streams off a replica that is to stop.
+_DRAIN_S = 30
+
 
 def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     """The application for a checked configuration."""
     tree = config.model_dump(mode="json")
     count = config.replicas.count
     router: Any = BurstRouter  # Ray's annotation knows only the serialized form
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         name="replica",
         num_replicas=count,
         max_ongoing_requests=_UNLIMITED,
@@ -33,10 +39,10 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
         request_router_config=RequestRouterConfig(request_router_class=router),
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=_DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
     )(Replica)
-    ingress = serve.deployment(
+    ingress: Any = serve.deployment(
         name="ingress",
         num_replicas=config.ingress.count,
         max_ongoing_requests=_UNLIMITED,
@@ -46,7 +52,24 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     )(Ingress)
     # Without GPUs all replicas of a machine share its cores and memory.
     sharers = count if gpus_each == 0 else 1
-    return ingress.bind(replica.bind(tree, sharers), tree)
+    # Serve would restart everything on each deployment; with versions of our own only what has
+    # changed is, and a change of the number of replicas restarts none.
+    served = _version(tree, "model", "engine", "kvstore")
+    fronts = _version(tree, "model", "limits", "ingress")
+    replica = replica.options(version=served, _internal=True)
+    ingress = ingress.options(version=fronts, _internal=True)
+    bound: Application = ingress.bind(replica.bind(tree, sharers), tree)
+    return bound
+
+
+def _version(tree: dict[str, Any], *sections: str) -> str:
+    """A name for what runs under these sections of the configuration, the code included."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps({name: tree[name] for name in sections}, sort_keys=True).encode())
+    for package in ("cluster", "replicas", "kvstore"):
+        for source in sorted((Path(__file__).parent.parent / package).rglob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def app(args: dict[str, Any]) -> Application:

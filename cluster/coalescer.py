@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.scheduler.playback import Playback
 
 
@@ -20,11 +21,13 @@ class StreamCoalescer:
     less than `lead_s`, so holding tokens back cannot make a reader stall.
     """
 
-    __slots__ = ("_client", "_lead_s", "_max_delay_s", "_oldest", "_pending")
+    __slots__ = ("_client", "_lead_s", "_oldest", "_pending", "_sent", "max_delay_s")
 
     def __init__(self, rate: float, *, max_delay_s: float = 0.25, lead_s: float = 0.25) -> None:
         self._client = None if rate == math.inf else Playback(rate)
-        self._max_delay_s = max_delay_s
+        self._sent = 0
+        self.max_delay_s = max_delay_s
+        """Longest time a token is held."""
         self._lead_s = lead_s
         self._pending = 0
         self._oldest = 0.0
@@ -47,7 +50,7 @@ class StreamCoalescer:
         if self._client is None or not self._client.generated:
             return now
         comfortable_until = now + self._client.slack_s(now) - self._lead_s
-        return min(self._oldest + self._max_delay_s, comfortable_until)
+        return min(self._oldest + self.max_delay_s, comfortable_until)
 
     def due(self, now: float) -> bool:
         """Whether the pending tokens must go now."""
@@ -58,4 +61,42 @@ class StreamCoalescer:
         """All pending tokens were handed over."""
         if self._pending and self._client is not None:
             self._client.generate(now, self._pending)
+        self._sent += self._pending
         self._pending = 0
+
+    @property
+    def tokens_sent(self) -> int:
+        return self._sent
+
+    def consumed(self, now: float) -> int:
+        """Tokens the client's reader has consumed of those sent."""
+        return self._sent if self._client is None else self._client.consumed(now)
+
+    def has(self, tokens: int, now: float) -> None:
+        """The client came with so many tokens, all of them consumed."""
+        self._sent += tokens
+        if tokens and self._client is not None:
+            self._client.generate(now, tokens)
+            self._client.report(tokens, now)
+
+    def change(self, change: ReaderChange, now: float) -> None:
+        """What the client's reader does from now on. Raises ValueError when it has consumed more
+        than it was sent."""
+        if change.consumed is not None and change.consumed > self._sent:
+            raise ValueError(f"{change.consumed} of {self._sent} tokens cannot have been consumed")
+        if change.token_rate is not None:
+            if math.isinf(change.token_rate):
+                self._client = None
+            elif self._client is None:
+                self._client = Playback(change.token_rate)
+                if self._sent:
+                    self._client.generate(now, self._sent)
+                    self._client.report(self._sent, now)
+            else:
+                self._client.set_rate(change.token_rate, now)
+        if self._client is None:
+            return
+        if change.consumed is not None:
+            self._client.report(change.consumed, now)
+        if change.paused is not None:
+            (self._client.pause if change.paused else self._client.resume)(now)

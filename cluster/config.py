@@ -80,6 +80,18 @@ class IngressConfig(_Section):
     failover_timeout_s: float = Field(
         default=60, gt=0, description="How long a stream waits for a replica after losing its own."
     )
+    replica_silence_s: float = Field(
+        default=3,
+        ge=0.1,
+        description="A replica that says nothing for so long is taken for lost, and its streams "
+        "are moved.",
+    )
+    reconnect_grace_s: float = Field(
+        default=30,
+        ge=0,
+        le=3600,
+        description="How long a resumable request is kept for a client that lost its connection.",
+    )
 
 
 class ClusterConfig(_Section):

@@ -1,4 +1,7 @@
-"""From a checked call to running streams, and their events merged: one path for HTTP and gRPC."""
+"""From a checked call to running streams, and their events merged: one path for HTTP and gRPC.
+
+Who may read a generation again, and until when, is in `reconnect.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from tokenflow.cluster.streams import Stream, StreamManager
+from tokenflow.cluster.stream import Stream
+from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -42,6 +46,8 @@ class Generation:
         self.id = request_id
         self.prompts = prompts
         self.streams = streams
+        self.reader = 0
+        """The how-manieth reader has it; only of those that may be read again."""
         self._delivered = 0
 
     @property
@@ -65,34 +71,74 @@ class Generation:
         sampling: Callable[[int, int], SamplingParams],
         token_rate: float,
         cache_salt: str | None = None,
+        context: bytes = b"",
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
-        `sampling(prompt_tokens, choice)` gives a choice's parameters.
+        `sampling(prompt_tokens, choice)` gives a choice's parameters. With a `context` the streams
+        outlive their reader (see `Submission.context`).
         """
         streams = [
             Stream(
-                manager, request_id, tuple(prompt), sampling(len(prompt), i), token_rate, cache_salt
+                manager,
+                request_id,
+                tuple(prompt),
+                sampling(len(prompt), i),
+                token_rate,
+                cache_salt,
+                choice=i,
+                context=context,
             )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]
         generation = cls(manager, request_id, prompts, streams)
+        await generation.open(streams)
+        return generation
+
+    async def open(self, streams: list[Stream]) -> None:
+        """Submit those of its streams: all of them, or the generation is closed and the first
+        refusal raised."""
         try:
             results = await asyncio.gather(
-                *(manager.open(stream) for stream in streams), return_exceptions=True
+                *(self._manager.open(stream) for stream in streams), return_exceptions=True
             )
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
         except BaseException:
-            generation.close()
+            self.close()
             raise
-        return generation
 
     def close(self) -> None:
         """Cancel what still runs. Idempotent."""
         for stream in self.streams:
             self._manager.close(stream)
+
+    def read_from(self, counts: list[int]) -> None:
+        """A reader comes who has so many tokens of each choice, one more if it was told of the end
+        as well. Raises InvalidRequestError (416) when there were not so many; nothing has changed
+        then."""
+        for stream, count in zip(self.streams, counts, strict=True):
+            stream.check_place(count)
+        for stream, count in zip(self.streams, counts, strict=True):
+            self._manager.read_again(stream, count)
+        self.reader += 1
+        self._delivered = sum(counts)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it outlives its reader."""
+        return any(stream.resumable for stream in self.streams)
+
+    @property
+    def taken(self) -> bool:
+        """Whether another ingress goes on with it."""
+        return any(stream.taken for stream in self.streams)
+
+    def pause_unread(self) -> None:
+        """Its reader is gone for now."""
+        for stream in self.streams:
+            self._manager.set_unread(stream)
 
     async def updates(
         self, max_delay_s: float, heartbeat_s: float | None = None
@@ -108,6 +154,7 @@ class Generation:
             async for update in merged:
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
                 yield update
+            self._delivered = sum(len(stream.token_ids) for stream in self.streams)
         finally:
             await merged.aclose()
 

@@ -21,29 +21,31 @@ from starlette.exceptions import HTTPException
 
 from tokenflow.cluster.api.errors import error_body, http_error
 from tokenflow.cluster.api.framing import (
-    DONE,
     HEARTBEAT,
     Answer,
     model_body,
     new_id,
-    sse,
     usage_body,
 )
-from tokenflow.cluster.api.http import read_body, refusal
+from tokenflow.cluster.api.http import given, read_body, refusal
+from tokenflow.cluster.api.progress import ALL_SENT, parse_progress
 from tokenflow.cluster.api.protocol import (
     Call,
     build_sampling,
     check_model,
     parse_body,
+    parse_change,
     parse_chat,
     parse_completion,
 )
 from tokenflow.cluster.config import parse_config
+from tokenflow.cluster.control import StreamControl
 from tokenflow.cluster.generation import Generation, choice_seed
 from tokenflow.cluster.metrics import render
 from tokenflow.cluster.prompts import PromptEncoder
+from tokenflow.cluster.reconnect import Context, Reconnections, unknown_request
 from tokenflow.cluster.rpc import inference_pb2 as pb
-from tokenflow.cluster.rpc.mapping import call_from, response_from
+from tokenflow.cluster.rpc.mapping import call_from, change_from, response_from
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.errors import EngineDeadError
@@ -83,7 +85,13 @@ class Ingress:
         self._name = config.model.name
         self._created = int(time.time())
         self._encoder = PromptEncoder(config.model.directory)
-        self._streams = StreamManager(replica, failover_timeout_s=config.ingress.failover_timeout_s)
+        self._streams = StreamManager(
+            replica,
+            failover_timeout_s=config.ingress.failover_timeout_s,
+            replica_silence_s=config.ingress.replica_silence_s,
+        )
+        self._reconnections = Reconnections(self._streams, config.ingress.reconnect_grace_s)
+        self._control = StreamControl(self._streams)
         self._info: dict[str, Any] | None = None
 
     # -- HTTP -----------------------------------------------------------------------------------
@@ -95,6 +103,55 @@ class Ingress:
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, parse_chat)
+
+    @app.get("/v1/streams/{request_id:path}")
+    async def resume(self, request: Request, request_id: str) -> Response:
+        """Goes on with a resumable stream after the event that Last-Event-ID names."""
+        try:
+            await self._model_info()  # makes the replicas known
+            kept = await self._reconnections.find(request_id)
+            generation, call = kept.generation, kept.context.call
+            choices = len(generation.streams)
+            progress = parse_progress(request.headers.get("last-event-id"), request_id, choices)
+            if progress.closing == ALL_SENT:
+                # To an EventSource this says not to come again.
+                return Response(status_code=204)
+            had = [progress.tokens(choice) for choice in range(choices)]
+            self._reconnections.read(kept, had)
+        except Exception as error:
+            return refusal(error)
+        answer = Answer(
+            call,
+            generation.id,
+            self._name,
+            self._encoder.token_text,
+            created=kept.context.created,
+            progress=progress,
+        )
+        return self._streaming(call, generation, answer, had)
+
+    @app.post("/v1/streams/{request_id:path}")
+    async def change(self, request: Request, request_id: str) -> Response:
+        """Changes a running request: token_rate, paused, consumed."""
+        try:
+            body = parse_body(await read_body(request, self._limits), self._limits)
+            change = parse_change(body, self._limits)
+            await self._model_info()
+            await self._control.change(request_id, change)
+        except Exception as error:
+            return refusal(error)
+        return JSONResponse({"id": request_id})
+
+    @app.delete("/v1/streams/{request_id:path}")
+    async def cancel(self, request_id: str) -> Response:
+        """Ends a running request."""
+        try:
+            await self._model_info()
+            if not await self._control.cancel(request_id):
+                raise unknown_request(request_id)
+        except Exception as error:
+            return refusal(error)
+        return JSONResponse({"id": request_id, "cancelled": True})
 
     @app.get("/v1/models")
     async def models(self) -> Response:
@@ -132,6 +189,7 @@ class Ingress:
             ingress=self._streams.ingress_id,
             streams=self._streams.active,
             failovers=self._streams.failovers,
+            moves=self._streams.moves,
         )
         return Response(text, media_type=_PROMETHEUS_TYPE)
 
@@ -142,20 +200,15 @@ class Ingress:
                 body,
                 model_names=[self._name],
                 limits=self._limits,
-                header_rate=request.headers.get("x-token-rate"),
+                headers=given(request),
             )
             # Refusals come out here, before anything is sent: they get a real status.
             generation = await self._start(call)
         except Exception as error:
             return refusal(error)
         answer = Answer(call, generation.id, self._name, self._encoder.token_text)
-        echo = self._echo(call, generation)
         if call.stream:
-            return StreamingResponse(
-                self._events(call, generation, answer, echo),
-                media_type="text/event-stream",
-                headers=_SSE_HEADERS,
-            )
+            return self._streaming(call, generation, answer, [])
         try:
             # When the client leaves, Serve cancels this, and the finally below ends the streams.
             events = await self._collect(generation)
@@ -163,16 +216,29 @@ class Ingress:
             return refusal(error)
         finally:
             generation.close()
+        echo = self._echo(call, generation)
         return JSONResponse(answer.whole(events, _usage(generation), echo))
 
-    async def _events(
-        self, call: Call, generation: Generation, answer: Answer, echo: list[str]
-    ) -> AsyncIterator[bytes]:
-        """The body of a stream. When the client leaves, it is closed, and that cancels."""
+    def _streaming(
+        self, call: Call, generation: Generation, answer: Answer, had: list[int]
+    ) -> Response:
+        """The response for a reader who has `had` tokens of each choice; empty = a new one."""
+        return StreamingResponse(
+            self._events(call, generation, answer, had),
+            media_type="text/event-stream",
+            headers=_SSE_HEADERS,
+        )
 
+    async def _events(
+        self, call: Call, generation: Generation, answer: Answer, had: list[int]
+    ) -> AsyncIterator[bytes]:
+        """The body of a stream. When the client leaves, it is closed."""
+        reader = generation.reader
         updates = generation.updates(self._delay_s, _HEARTBEAT_S)
         try:
-            yield answer.opening(len(generation.streams), echo)
+            yield answer.opening(len(generation.streams), self._echo(call, generation))
+            for choice, tokens in enumerate(had):
+                answer.skip(choice, generation.streams[choice].history[:tokens])
             async for update in updates:
                 if update.events:
                     yield answer.chunk(update.choice, update.events, partial(_usage, generation))
@@ -183,10 +249,10 @@ class Ingress:
             yield answer.closing(_usage(generation))
         except Exception as error:
             # The status is long sent; OpenAI's clients read an error from the stream itself.
-            yield sse(error_body(error)[1]) + DONE
+            yield answer.failure(error_body(error)[1])
         finally:
             await updates.aclose()
-            generation.close()
+            self._left(generation, reader)
 
     async def _collect(self, generation: Generation) -> list[list[TokenEvent]]:
         events: list[list[TokenEvent]] = [[] for _ in generation.streams]
@@ -212,6 +278,13 @@ class Ingress:
             generation = await self._start(call)
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
+        async for message in self._messages(generation, grpc_context):
+            yield message
+
+    async def _messages(
+        self, generation: Generation, grpc_context: Any
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        reader = generation.reader
         updates = generation.updates(self._delay_s)
         try:
             async for update in updates:
@@ -223,7 +296,33 @@ class Ingress:
             raise rpc_failure(grpc_context, error) from None
         finally:
             await updates.aclose()
-            generation.close()
+            self._left(generation, reader)
+
+    async def Resume(
+        self, request: Any, grpc_context: Any
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """tokenflow.v1.Inference/Resume."""
+
+        try:
+            check_message(request, self._limits)
+            await self._model_info()  # makes the replicas known
+            kept = await self._reconnections.find(request.request_id)
+            self._reconnections.read(kept, [request.offset] * len(kept.generation.streams))
+        except Exception as error:
+            raise rpc_failure(grpc_context, error) from None
+        async for message in self._messages(kept.generation, grpc_context):
+            yield message
+
+    async def UpdateStream(self, request: Any, grpc_context: Any) -> pb.UpdateStreamResponse:
+        """tokenflow.v1.Inference/UpdateStream."""
+        try:
+            check_message(request, self._limits)
+            change = change_from(request, self._limits)
+            await self._model_info()
+            await self._control.change(request.request_id, change)
+        except Exception as error:
+            raise rpc_failure(grpc_context, error) from None
+        return pb.UpdateStreamResponse()
 
     async def GetModelInfo(self, request: Any, grpc_context: Any) -> pb.GetModelInfoResponse:
         """tokenflow.v1.Inference/GetModelInfo."""
@@ -243,12 +342,11 @@ class Ingress:
         """tokenflow.v1.Inference/Cancel. The cancelled stream ends with its status CANCELLED."""
         try:
             check_message(request, self._limits)
-            streams = self._streams.find(request.request_id) if request.request_id else []
-            for stream in streams:
-                self._streams.cancel(stream)
+            await self._model_info()
+            found = await self._control.cancel(request.request_id)
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
-        return pb.CancelResponse(found=bool(streams))
+        return pb.CancelResponse(found=found)
 
     # -- both -----------------------------------------------------------------------------------
 
@@ -257,18 +355,44 @@ class Ingress:
         info = await self._model_info()
         prompts = await self._encoder.encode(call, vocab_size=info["vocab_size"])
 
-        def sampling(prompt_tokens: int, choice: int) -> Any:
-            return build_sampling(
+        params = [
+            build_sampling(
                 call,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=len(prompt),
                 max_model_len=info["max_model_len"],
                 vocab_size=info["vocab_size"],
-                seed=choice_seed(call.sampling.seed, choice),
+                seed=choice_seed(call.sampling.seed, i),
+            )
+            for i, prompt in enumerate(prompt for prompt in prompts for _ in range(call.n))
+        ]
+        request_id = new_id(call)
+
+        async def start(context: bytes) -> Generation:
+            return await Generation.start(
+                self._streams,
+                request_id,
+                prompts,
+                call.n,
+                lambda _, choice: params[choice],
+                call.token_rate,
+                call.cache_salt,
+                context,
             )
 
-        return await Generation.start(
-            self._streams, new_id(call), prompts, call.n, sampling, call.token_rate, call.cache_salt
-        )
+        if not call.resumable:
+            return await start(b"")
+        context = Context(call, int(time.time()), prompts, params)
+        with self._reconnections.starting(request_id):
+            generation = await start(context.to_bytes())
+            self._reconnections.keep(generation, context)
+        return generation
+
+    def _left(self, generation: Generation, reader: int) -> None:
+        """A reader is gone: its request waits for it, or ends."""
+        if generation.resumable:
+            self._reconnections.leave(generation, reader)
+        else:
+            generation.close()
 
     def _echo(self, call: Call, generation: Generation) -> list[str]:
         """The prompt's text of each choice, if the call wants it back."""

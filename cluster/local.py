@@ -140,12 +140,18 @@ class LocalCluster:
             return "127.0.0.1"
         return f"[{host}]" if ":" in host else host
 
+    def prepare(self) -> None:
+        """Set the environment that Ray's processes need; before any of them is started. `start`
+        does it for a Ray of its own."""
+        if self._scratch is None:
+            # Unix sockets go in here below a folder of 57 characters that Serve adds; their paths
+            # may have 97, whatever TMPDIR is.
+            self._scratch = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
+            self._set_environment(self._scratch)
+
     def start(self) -> None:
         """Start Ray (when none runs) and Serve's HTTP and gRPC fronts."""
-        # Unix sockets go in here below a folder of 57 characters that Serve adds; their paths may
-        # have 97, whatever TMPDIR is.
-        self._scratch = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
-        self._set_environment(self._scratch)
+        self.prepare()
         import ray
         from ray import serve
         from ray.serve.config import HTTPOptions, gRPCOptions
@@ -214,6 +220,9 @@ class LocalCluster:
             "RAY_worker_niceness": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # A HAProxy that died is started again after three of these, by default after 30 s:
+            # that is as long as a resumable request waits for its client.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             # Two clusters on one machine must not share sockets or ports.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
@@ -239,7 +248,7 @@ class LocalCluster:
         """Deploy the application and return when it answers."""
         from ray import serve
 
-        from tokenflow.cluster.app import APP_NAME, build_app
+        from tokenflow.cluster.app import APP_NAME
         from tokenflow.kvstore.actor import shutdown_stores
 
         if self._deployed:
@@ -247,6 +256,20 @@ class LocalCluster:
             serve.delete(APP_NAME)
             shutdown_stores()
         self.config = config or self.config
+        self._deploy()
+
+    def update(self, config: ClusterConfig) -> None:
+        """Go over to another configuration of the same model, on the same ports, without dropping a
+        stream: replicas are replaced, or their number changes, one after the other under load.
+        Returns when all is as configured."""
+        self.config = config
+        self._deploy()
+
+    def _deploy(self) -> None:
+        from ray import serve
+
+        from tokenflow.cluster.app import APP_NAME, build_app
+
         gpus = self.config.replicas.gpus_each
         if gpus is None:
             gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0

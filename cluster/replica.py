@@ -15,7 +15,8 @@ import ray
 from ray import serve
 
 from tokenflow.cluster.config import ClusterConfig, parse_config
-from tokenflow.cluster.wire import Frame, Submission, pack
+from tokenflow.cluster.outbox import Outboxes
+from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
 from tokenflow.kvstore.node import StoreConfig
@@ -36,24 +37,18 @@ from tokenflow.replicas.factory import (
 )
 from tokenflow.replicas.loop import EngineLoop
 from tokenflow.replicas.output import TokenEvent
-from tokenflow.replicas.request import Request
+from tokenflow.replicas.request import ReaderChange, Request
 
 logger = logging.getLogger("ray.serve")
+
+_HEARTBEATS = 3
+"""Per silence at which an ingress gives a replica up."""
+_STUCK_S = 30.0
+"""A step that lasts longer is taken for one that never ends."""
 
 
 class WrongReplicaError(Exception):
     """A call meant for another replica arrived here: that one is gone."""
-
-
-class _Subscriber:
-    """Events for one ingress that it has not fetched yet."""
-
-    __slots__ = ("events", "ready", "requests")
-
-    def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-        self.ready = asyncio.Event()
-        self.requests: set[str] = set()
 
 
 class Replica:
@@ -66,8 +61,6 @@ class Replica:
         self._replica_id = context.replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
         self._loop = asyncio.get_event_loop()
-        self._subscribers: dict[str, _Subscriber] = {}
-        self._owner: dict[str, str] = {}
         device = resolve_device(config.engine.device)
         spec = inspect_model(config.model.directory, config.engine, device)
         num_blocks = plan_blocks(
@@ -86,6 +79,12 @@ class Replica:
         self._max_model_len = engine.max_model_len
         self._vocab_size = spec.vocab_size
         self._engine = EngineLoop(engine, self._emit, self._on_death)
+        self._outboxes = Outboxes(
+            self._engine,
+            grace_s=config.ingress.reconnect_grace_s,
+            heartbeat_s=config.ingress.replica_silence_s / _HEARTBEATS,
+            healthy=lambda: self._engine.step_age_s < _STUCK_S,
+        )
         self._engine.start()
 
     def _attach_store(
@@ -118,41 +117,24 @@ class Replica:
 
     def _emit(self, events: list[TokenEvent]) -> None:
         """Engine thread: one hand-over per step."""
-        self._loop.call_soon_threadsafe(self._dispatch, events)
-
-    def _dispatch(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            owner = self._owner.get(event.request_id)
-            subscriber = self._subscribers.get(owner) if owner else None
-            if subscriber is None:
-                continue
-            subscriber.events.append(event)
-            subscriber.ready.set()
-            if event.finish_reason is not None:
-                self._drop(event.request_id)
+        self._loop.call_soon_threadsafe(self._outboxes.dispatch, events)
 
     def _on_death(self, error: BaseException) -> None:
         """Engine thread: end every frame stream, so that each ingress resubmits its requests."""
-        self._loop.call_soon_threadsafe(self._wake_all)
-
-    def _wake_all(self) -> None:
-        for subscriber in self._subscribers.values():
-            subscriber.ready.set()
-
-    def _drop(self, request_id: str) -> None:
-        owner = self._owner.pop(request_id, None)
-        subscriber = self._subscribers.get(owner) if owner else None
-        if subscriber is not None:
-            subscriber.requests.discard(request_id)
+        self._loop.call_soon_threadsafe(self._outboxes.wake)
 
     # -- doors ----------------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+    async def submit(
+        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
+    ) -> str:
         """Take a request; its events go to the frame stream of `submission.ingress_id`.
 
-        Returns this replica's id. Raises InvalidRequestError, CapacityError or EngineDeadError.
-        `route` is for the router only.
+        Returns this replica's id. Raises InvalidRequestError, CapacityError, EngineDeadError, or
+        WrongReplicaError when it was for `target`. `route` is for the router only.
         """
+        if target is not None:
+            self._check_target(target)
         self._engine.submit(
             Request(
                 request_id=submission.request_id,
@@ -160,44 +142,49 @@ class Replica:
                 params=submission.params,
                 token_rate=submission.token_rate,
                 resumed_ids=submission.resumed_ids,
+                consumed=submission.consumed,
+                paused=submission.paused,
                 cache_salt=submission.cache_salt,
                 arrival_s=time.monotonic() - submission.waited_s,
             )
         )
-        subscriber = self._subscribers.setdefault(submission.ingress_id, _Subscriber())
-        subscriber.requests.add(submission.request_id)
-        self._owner[submission.request_id] = submission.ingress_id
+        self._outboxes.take(submission)
         return self._replica_id
 
     async def cancel(self, request_ids: list[str], *, target: str) -> None:
         """End requests early; ids that are not here are ignored."""
-        for request_id in request_ids:
-            self._engine.cancel(request_id)
+        self._outboxes.cancel(request_ids)
+
+    async def change(self, request_id: str, change: ReaderChange, *, target: str) -> None:
+        """The owner's word about a request's reader; an id that is not here is ignored."""
+        self._outboxes.change(request_id, change)
+
+    async def control(self, client_id: str, change: ReaderChange | None, *, target: str) -> bool:
+        """`Outboxes.control`. Raises WrongReplicaError, InvalidRequestError."""
+        self._check_target(target)
+        return self._outboxes.control(client_id, change)
+
+    async def adopt(self, client_id: str, ingress_id: str, *, target: str) -> list[Holding]:
+        """`Outboxes.adopt`. Raises WrongReplicaError."""
+        self._check_target(target)
+        return self._outboxes.adopt(client_id, ingress_id)
 
     async def frames(self, ingress_id: str, *, target: str) -> AsyncIterator[Frame]:
-        """The event stream of one ingress; lives as long as the ingress.
+        """The event stream of one ingress; lives as long as the ingress, see `Outboxes.frames`.
 
-        The first frame is empty: the subscription stands. When the ingress goes, its requests are
-        cancelled. Raises WrongReplicaError, EngineDeadError.
+        Raises WrongReplicaError, EngineDeadError.
         """
+        self._check_target(target)
+        frames = self._outboxes.frames(ingress_id, self._engine.raise_if_dead)
+        try:
+            async for frame in frames:
+                yield frame
+        finally:
+            await frames.aclose()
+
+    def _check_target(self, target: str) -> None:
         if target != self._replica_id:
             raise WrongReplicaError(f"{target} is gone; this is {self._replica_id}")
-        subscriber = self._subscribers.setdefault(ingress_id, _Subscriber())
-        try:
-            yield []
-            while True:
-                await subscriber.ready.wait()
-                subscriber.ready.clear()
-                events, subscriber.events = subscriber.events, []
-                if events:
-                    yield pack(events)
-                self._engine.raise_if_dead()
-        finally:
-            for request_id in list(subscriber.requests):
-                self._engine.cancel(request_id)
-                self._drop(request_id)
-            if self._subscribers.get(ingress_id) is subscriber:
-                del self._subscribers[ingress_id]
 
     async def info(self) -> dict[str, Any]:
         """What the ingress must know before it takes requests."""
@@ -209,8 +196,7 @@ class Replica:
 
     async def stats(self, *, target: str) -> dict[str, Any]:
         """The engine's counters. Raises WrongReplicaError."""
-        if target != self._replica_id:
-            raise WrongReplicaError(f"{target} is gone; this is {self._replica_id}")
+        self._check_target(target)
         store = None
         if self._segment is not None:
             host = self._host.stats()

@@ -19,6 +19,7 @@ class ReplicaRegistry:
         self._replicas: tuple[str, ...] = ()
         self._loads: dict[str, Load] = {}
         self._assigned: dict[str, tuple[str, float]] = {}
+        self._avoided: set[str] = set()
 
     def update(self, replica_ids: Iterable[str]) -> None:
         """Serve's present set of running replicas."""
@@ -29,6 +30,23 @@ class ReplicaRegistry:
     def replicas(self) -> tuple[str, ...]:
         return self._replicas
 
+    def avoid(self, replica_id: str) -> None:
+        """Give it no request while there is another, until `trust`."""
+        with self._lock:
+            self._avoided.add(replica_id)
+
+    def trust(self, replica_id: str) -> None:
+        with self._lock:
+            self._avoided.discard(replica_id)
+
+    def avoids(self, replica_id: str) -> bool:
+        return replica_id in self._avoided
+
+    def where(self, request_id: str) -> str | None:
+        """The replica a request is counted on."""
+        assigned = self._assigned.get(request_id)
+        return assigned[0] if assigned else None
+
     def assign(self, request_id: str, rate: float, candidates: Iterable[str]) -> list[str]:
         """Rank the candidates for a request and count it on the best one from now on. `rate` in
         tokens/s; infinite = no reader.
@@ -38,6 +56,7 @@ class ReplicaRegistry:
         with self._lock:
             self._remove(request_id)
             order = rank(candidates, self._loads, rate)
+            order.sort(key=self._avoided.__contains__)
             if order:
                 counted = counted_rate(rate)
                 self._assigned[request_id] = (order[0], counted)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.sampling.params import SamplingParams
+
+PackedEvent = tuple[object, ...]
+"""A TokenEvent as a plain tuple, which pickles cheaply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +19,7 @@ class Submission:
     """A request as the ingress hands it to a replica.
 
     `request_id` is unique per attempt, so that a stream resubmitted after a failure never meets
-    its own past. `resumed_ids` are the tokens the client already has.
+    its own past. `resumed_ids` are the tokens the ingress already has.
     """
 
     request_id: str
@@ -27,15 +33,62 @@ class Submission:
     """Seconds since the client's request arrived, so that order of arrival survives a move."""
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
+    client_id: str = ""
+    """The id of the client's request; its choices share it."""
+    choice: int = 0
+    context: bytes = b""
+    """What another ingress needs to go on with the answer, of no meaning to the replica. Empty: the
+    request ends with its ingress."""
+    past: tuple[PackedEvent, ...] = ()
+    """The events of `resumed_ids`, of a request with a context."""
+    consumed: int | None = None
+    """How many of `resumed_ids` the reader has consumed; None = all."""
+    paused: bool = False
 
 
-Frame = list[tuple[object, ...]]
-"""The events of one or more engine steps for one ingress: TokenEvents as plain tuples."""
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a replica has of a request that an ingress takes over."""
+
+    submission: Submission
+    """As submitted, with the present rate and pause."""
+    events: tuple[PackedEvent, ...]
+    """All of them, from the first token of the output on."""
+    age_s: float
+    """Seconds since the client's request arrived."""
 
 
-def pack(events: list[TokenEvent]) -> Frame:
-    return [tuple(event) for event in events]
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Word for the ingress that owns a request, of what another one was asked."""
+
+    request_id: str
+    """Of the attempt."""
+    kind: Literal["taken", "cancel", "change"]
+    """Another ingress goes on with it; it is to end; its reader has changed."""
+    change: ReaderChange | None = None
 
 
-def unpack(frame: Frame) -> list[TokenEvent]:
-    return [TokenEvent(*item) for item in frame]  # type: ignore[arg-type]
+Frame = list[PackedEvent]
+"""The events of one or more engine steps for one ingress, and after them what else it must know. An
+empty one says that the replica lives."""
+
+_NOTICE = 1
+"""Where an event has its request id, which is text."""
+
+
+def pack(events: Iterable[TokenEvent], notices: Iterable[Notice] = ()) -> Frame:
+    frame: Frame = [tuple(event) for event in events]
+    frame += [(_NOTICE, notice) for notice in notices]
+    return frame
+
+
+def unpack(frame: Frame) -> tuple[list[TokenEvent], list[Notice]]:
+    notices: list[Notice] = []
+    while frame and frame[-1][0] == _NOTICE:
+        notices.append(frame.pop()[1])  # type: ignore[arg-type]
+    return unpack_events(frame), notices[::-1]
+
+
+def unpack_events(events: Iterable[PackedEvent]) -> list[TokenEvent]:
+    return [TokenEvent(*item) for item in events]  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
 from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.output import TokenEvent
-from tokenflow.replicas.request import FinishReason, Request, Sequence, State
+from tokenflow.replicas.request import FinishReason, ReaderChange, Request, Sequence, State
 from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.lengths import OutputLengths
@@ -151,6 +151,7 @@ class Engine:
             )
         check_rate(request.token_rate)
         seq = Sequence(request, self._max_blocks)
+        seq.read_before(self._clock())
         text = TextStream(self._tokenizer, request.params, self._eos_ids)
         text.prime(request.resumed_ids)
         self._sequences[seq.request_id] = seq
@@ -183,6 +184,57 @@ class Engine:
             return False
         seq.set_rate(token_rate, self._clock())
         self._watch_elastic(seq)
+        return True
+
+    def pause(self, request_id: str) -> bool:
+        """Its reader consumes nothing from now on: it needs no token, and makes room for whoever
+        does. False when it is not (or no longer) here."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        seq.playback.pause(self._clock())
+        self.tracker.touch(seq)
+        return True
+
+    def resume(self, request_id: str) -> bool:
+        """Its reader goes on where it paused. False when it is not (or no longer) here."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        seq.playback.resume(self._clock())
+        self.tracker.touch(seq)
+        return True
+
+    def report_consumed(self, request_id: str, tokens: int) -> bool:
+        """Its reader says how much of the output it has consumed; it goes on from there.
+
+        False when it is not (or no longer) here. Raises InvalidRequestError for more tokens than
+        the output has.
+        """
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        if not 0 <= tokens <= len(seq.output_ids):
+            raise InvalidRequestError(
+                f"consumed must be between 0 and the {len(seq.output_ids)} tokens of the output so "
+                f"far, got {tokens}.",
+                param="consumed",
+            )
+        seq.playback.report(tokens, self._clock())
+        self.tracker.touch(seq)
+        return True
+
+    def change_reader(self, request_id: str, change: ReaderChange) -> bool:
+        """Apply what a change has. False when the request is not (or no longer) here. Raises
+        InvalidRequestError, with nothing changed after the value it names."""
+        if request_id not in self._sequences:
+            return False
+        if change.token_rate is not None:
+            self.set_rate(request_id, change.token_rate)
+        if change.consumed is not None:
+            self.report_consumed(request_id, change.consumed)
+        if change.paused is not None:
+            (self.pause if change.paused else self.resume)(request_id)
         return True
 
     def fail(self, request_id: str, message: str) -> None:
@@ -246,7 +298,7 @@ class Engine:
         stats.now_cached_blocks = pool.cached_blocks
         stats.now_total_blocks = pool.num_blocks
         stats.now_free_host_slots = self.kv.host.available()
-        stats.now_rate = float(tracker.rate.sum())
+        stats.now_rate = float(tracker.rate[~tracker.paused].sum())
         if not len(tracker):
             stats.now_parked, stats.now_overloaded = 0, False
         return False

@@ -49,6 +49,10 @@ class RequestCancelledError(TokenFlowError):
     """The request was ended early by a call to cancel it."""
 
 
+class ReaderReplacedError(TokenFlowError):
+    """Another connection has gone on with the request of this one."""
+
+
 class KVStoreError(TokenFlowError):
     """The node's KV store cannot be created, mapped or used."""
 

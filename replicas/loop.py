@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.engine import Engine, check_rate
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
 from tokenflow.replicas.output import TokenEvent
-from tokenflow.replicas.request import Request
+from tokenflow.replicas.request import ReaderChange, Request
 from tokenflow.replicas.stats import EngineStats
 
 logger = logging.getLogger("tokenflow.engine")
@@ -34,6 +34,12 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    request_id: str
+    change: ReaderChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +63,9 @@ class EngineLoop:
         self._engine = engine
         self._emit = emit
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Cancel | _Change | _Stop] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._step_since: float | None = None
         self._thread = threading.Thread(target=self._main, name="tokenflow-engine", daemon=True)
 
     def start(self) -> None:
@@ -74,6 +81,13 @@ class EngineLoop:
     def cancel(self, request_id: str) -> None:
         """End a request early; unknown ids are ignored (it may have just finished)."""
         self._inbox.put(_Cancel(request_id))
+
+    def change_reader(self, request_id: str, change: ReaderChange) -> None:
+        """Change a request's rate, pause or place; unknown ids are ignored. Raises
+        InvalidRequestError at once for a rate that is none."""
+        if change.token_rate is not None:
+            check_rate(change.token_rate)
+        self._inbox.put(_Change(request_id, change))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stop after the current step and close the executor."""
@@ -92,6 +106,12 @@ class EngineLoop:
         """Live counters; read without a lock, so figures of one step may be half updated."""
         return self._engine.stats
 
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the present step began; 0 between steps."""
+        since = self._step_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _main(self) -> None:
         try:
             self._run()
@@ -106,8 +126,10 @@ class EngineLoop:
     def _run(self) -> None:
         engine = self._engine
         while True:
+            self._step_since = None
             if not self._drain_inbox(block=not engine.has_work):
                 return
+            self._step_since = time.monotonic()
             # Without work there is still news to count: what was cancelled is free now.
             ran = engine.step() if engine.has_work else engine.refresh_stats()
             events = engine.take_events()
@@ -132,6 +154,11 @@ class EngineLoop:
                         self._emit([_refused(request, error)])
                 case _Cancel(request_id):
                     self._engine.cancel(request_id)
+                case _Change(request_id, change):
+                    try:
+                        self._engine.change_reader(request_id, change)
+                    except InvalidRequestError as error:
+                        logger.warning("request %s: %s", request_id, error)
                 case _Stop():
                     return False
 

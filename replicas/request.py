@@ -67,10 +67,25 @@ class Request:
     """Tokens per second the reader consumes; infinite = as fast as it can be had (no reader)."""
     resumed_ids: tuple[int, ...] = ()
     """Tokens another replica already delivered; generation continues after them."""
+    consumed: int | None = None
+    """How many of those its reader has consumed; None = all."""
+    paused: bool = False
+    """Whether its reader consumes nothing for now."""
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
     arrival_s: float = field(default_factory=time.monotonic)
     """Engine clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderChange:
+    """News of a request's reader; None = as it was."""
+
+    token_rate: float | None = None
+    """tokens/s; infinite = no reader."""
+    paused: bool | None = None
+    consumed: int | None = None
+    """Tokens of the output that it has consumed by its own account."""
 
 
 class Sequence:
@@ -167,6 +182,16 @@ class Sequence:
         self.elastic = math.isinf(token_rate)
         if not self.elastic:
             self.playback.set_rate(token_rate, now)
+
+    def read_before(self, now: float) -> None:
+        """Bring the playback of a moved request to where its reader is."""
+        request = self.request
+        if request.resumed_ids:
+            self.playback.generate(now, len(request.resumed_ids))
+            consumed = request.consumed
+            self.playback.report(len(request.resumed_ids) if consumed is None else consumed, now)
+        if request.paused:
+            self.playback.pause(now)
 
     @property
     def pending_tokens(self) -> int:

@@ -10,6 +10,7 @@ from tokenflow.replicas.errors import (
     CapacityError,
     EngineDeadError,
     InvalidRequestError,
+    ReaderReplacedError,
     RequestCancelledError,
 )
 
@@ -35,6 +36,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str
         )
     if isinstance(error, RequestCancelledError):
         return 499, _body(str(error), "invalid_request_error", None, "cancelled"), {}
+    if isinstance(error, ReaderReplacedError):
+        return 409, _body(str(error), "invalid_request_error", None, "replaced"), {}
     if isinstance(error, EngineDeadError):
         message = "No replica can serve this request right now; try again shortly."
         return 503, _body(message, "server_error", None, "unavailable"), {"Retry-After": "1"}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from tokenflow.cluster.api.progress import ALL_SENT, USAGE_SENT, Progress
 from tokenflow.cluster.api.protocol import Call
 from tokenflow.replicas.output import TokenEvent
 
@@ -19,12 +20,13 @@ HEARTBEAT = b": waiting\n\n"
 """A comment of the event stream, which clients skip."""
 
 
-def sse(data: dict[str, Any]) -> bytes:
+def sse(data: dict[str, Any], event_id: str | None = None) -> bytes:
     """One server-sent event."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     for separator, escaped in _LINE_SEPARATORS:
         text = text.replace(separator, escaped)
-    return b"data: " + text.encode() + b"\n\n"
+    head = "" if event_id is None else f"id: {event_id}\n"
+    return f"{head}data: {text}\n\n".encode()
 
 
 def usage_body(
@@ -57,18 +59,30 @@ def new_id(call: Call) -> str:
 
 
 class Answer:
-    """Frames the answer to one call. `token_text` renders one token id, for logprobs."""
+    """Frames the answer to one call. `token_text` renders one token id, for logprobs.
+
+    Of a stream, each event's id says where the client is after it. An answer that goes on
+    elsewhere was begun at `created` (Unix seconds), and its client is at `progress`.
+    """
 
     def __init__(
-        self, call: Call, answer_id: str, model: str, token_text: Callable[[int], str]
+        self,
+        call: Call,
+        answer_id: str,
+        model: str,
+        token_text: Callable[[int], str],
+        *,
+        created: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._call = call
         self._token_text = token_text
+        self._progress = progress or Progress()
         self._lengths: dict[int, int] = {}
         """Characters of each choice's text so far, for logprobs."""
         kind = "chat.completion" if call.is_chat else "text_completion"
         chunk = "chat.completion.chunk" if call.is_chat else "text_completion"
-        created = int(time.time())
+        created = int(time.time()) if created is None else created
         self._whole = {"id": answer_id, "object": kind, "created": created, "model": model}
         self._chunk = {"id": answer_id, "object": chunk, "created": created, "model": model}
 
@@ -77,13 +91,22 @@ class Answer:
     def opening(self, choices: int, echo: Seq[str] = ()) -> bytes:
         """What a stream begins with: the role of each chat choice, or the echoed prompts."""
         out = b""
+        self._progress.begin(choices)
         for index in range(choices):
+            if self._call.echo:
+                self._lengths[index] = len(echo[index])
+            if not self._progress.open(index):
+                continue
             if self._call.is_chat:
                 out += self._event(index, {"role": "assistant", "content": ""}, None, None)
             elif self._call.echo:
-                self._lengths[index] = len(echo[index])
                 out += self._event(index, echo[index], None, None)
         return out
+
+    def skip(self, index: int, events: Seq[TokenEvent]) -> None:
+        """Tokens of a choice that the client has from elsewhere."""
+        if not self._call.is_chat:
+            self._logprobs(index, events)
 
     def chunk(
         self, index: int, events: Seq[TokenEvent], usage: Callable[[], dict[str, Any]]
@@ -92,15 +115,19 @@ class Answer:
         text = "".join(event.text for event in events)
         reason = events[-1].finish_reason
         logprobs = self._logprobs(index, events)
+        drawn = sum(event.token_id >= 0 for event in events)
+        self._progress.add(index, drawn)
         counted = usage() if self._call.continuous_usage else None
         times = self._generation_times(events)
         if not self._call.is_chat:
+            self._progress.add(index, reason is not None)
             return self._event(index, text, logprobs, reason, counted, times)
         out = b""
-        if text or logprobs or reason is None:
+        if text or (logprobs and drawn) or reason is None:
             out = self._event(index, {"content": text}, logprobs, None, counted, times)
             times = None
         if reason is not None:
+            self._progress.add(index, 1)
             out += self._event(index, {}, None, reason, counted, times)
         return out
 
@@ -112,9 +139,21 @@ class Answer:
 
     def closing(self, usage: dict[str, Any]) -> bytes:
         """The end of a stream."""
-        if not self._call.include_usage:
-            return DONE
-        return sse({**self._chunk, "choices": [], "usage": usage}) + DONE
+        out = b""
+        if self._progress.close(USAGE_SENT) and self._call.include_usage:
+            out += sse({**self._chunk, "choices": [], "usage": usage}, self._event_id)
+        return out + (self._done() if self._progress.close(ALL_SENT) else b"")
+
+    def failure(self, body: dict[str, Any]) -> bytes:
+        """The end of a stream that failed with `body`; a client that comes back is told again."""
+        return sse(body, self._event_id) + self._done()
+
+    def _done(self) -> bytes:
+        return b"id: " + self._event_id.encode() + b"\n" + DONE
+
+    @property
+    def _event_id(self) -> str:
+        return f"{self._chunk['id']}:{self._progress}"
 
     def _event(
         self,
@@ -132,7 +171,7 @@ class Answer:
             data["usage"] = usage
         if generated_at is not None:
             data["tokenflow"] = {"generated_at": generated_at}
-        return sse(data)
+        return sse(data, self._event_id)
 
     # -- whole answers --------------------------------------------------------------------------
 

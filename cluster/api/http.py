@@ -6,7 +6,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from tokenflow.cluster.api.errors import error_body
-from tokenflow.cluster.api.protocol import too_long
+from tokenflow.cluster.api.protocol import Given, too_long
 from tokenflow.cluster.limits import Limits
 
 
@@ -18,6 +18,16 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         if len(body) > limits.max_body_bytes:
             too_long(limits)
     return bytes(body)
+
+
+def given(request: Request) -> Given:
+    """What the headers say of how the answer is to be delivered."""
+    headers = request.headers
+    return Given(
+        rate=headers.get("x-token-rate"),
+        request_id=headers.get("x-request-id"),
+        resumable=headers.get("x-resumable"),
+    )
 
 
 def refusal(error: Exception) -> JSONResponse:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenflow.cluster.limits import Limits
 from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -23,7 +24,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TOKEN_ID = re.compile(r"-?[0-9]{1,100}")
 _SHOWN_CHARS = 100
 """How much of a client's own words an error repeats."""
-MAX_REQUEST_ID_CHARS = 256
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 MAX_CACHE_SALT_CHARS = 256
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default max_tokens of /v1/completions."""
@@ -77,10 +78,24 @@ class Call:
     request_id: str | None = None
     cache_salt: str | None = None
     """Only calls with the same salt share cached prefixes."""
+    resumable: bool = False
+    """Whether the request outlives a lost connection for a while."""
 
     @property
     def is_chat(self) -> bool:
         return bool(self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a request's headers say; the body's own fields win. None = no such header."""
+
+    rate: str | None = None
+    """X-Token-Rate"""
+    request_id: str | None = None
+    """X-Request-Id"""
+    resumable: str | None = None
+    """X-Resumable"""
 
 
 class _Strict(BaseModel):
@@ -115,7 +130,8 @@ class _Common(_Strict):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     token_rate: Number | Literal["max"] | None = None
-    request_id: Annotated[str, Field(max_length=MAX_REQUEST_ID_CHARS)] | None = None
+    request_id: Annotated[str, Field(max_length=256)] | None = None
+    resumable: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None = None
     user: str | None = None
 
@@ -143,6 +159,14 @@ class _Chat(_Common):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+
+
+class _Change(_Strict):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    token_rate: Number | Literal["max"] | None = None
+    paused: bool | None = None
+    consumed: Annotated[int, Field(ge=0)] | None = None
 
 
 _Request = TypeVar("_Request", bound=BaseModel)
@@ -189,7 +213,7 @@ def parse_completion(
     *,
     model_names: Collection[str],
     limits: Limits,
-    header_rate: str | None = None,
+    headers: Given = Given(),
 ) -> Call:
     """A /v1/completions request. Raises InvalidRequestError."""
     request = _validate(_Completion, body, limits)
@@ -208,7 +232,7 @@ def parse_completion(
         sampling=_sampling(request, request.max_tokens, request.logprobs, limits),
         n=n,
         echo=bool(request.echo),
-        **_delivery(request, limits, header_rate),
+        **_delivery(request, limits, headers),
     )
 
 
@@ -217,7 +241,7 @@ def parse_chat(
     *,
     model_names: Collection[str],
     limits: Limits,
-    header_rate: str | None = None,
+    headers: Given = Given(),
 ) -> Call:
     """A /v1/chat/completions request. Raises InvalidRequestError."""
     for name in _CHAT_UNSUPPORTED:
@@ -244,7 +268,7 @@ def parse_chat(
         messages=_messages(request.messages),
         sampling=_sampling(request, limit, logprobs, limits, limit_name),
         n=n,
-        **_delivery(request, limits, header_rate),
+        **_delivery(request, limits, headers),
     )
 
 
@@ -425,18 +449,68 @@ def _check_choices(n: int, prompts: int, limits: Limits) -> None:
         _reject(f"n times the number of prompts may be at most {limits.max_choices}.", "n")
 
 
-def _delivery(request: _Common, limits: Limits, header_rate: str | None) -> dict[str, Any]:
+def check_request_id(request_id: str, where: str = "request_id") -> str:
+    """A client's own id, which stands in header lines and paths. Raises InvalidRequestError."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        _reject(
+            f"{where} must have 1 to 256 visible ASCII characters and no spaces, got "
+            f"{request_id[:_SHOWN_CHARS]!r}.",
+            "request_id",
+        )
+    return request_id
+
+
+def parse_change(body: Mapping[str, Any], limits: Limits) -> ReaderChange:
+    """The body of POST /v1/streams/{id}. Raises InvalidRequestError."""
+    request = _validate(_Change, body, limits)
+    rate = request.token_rate
+    change = ReaderChange(
+        token_rate=math.inf
+        if isinstance(rate, str)
+        else None
+        if rate is None
+        else check_rate(rate, limits, ' or "max" (no reader)'),
+        paused=request.paused,
+        consumed=request.consumed,
+    )
+    if change == ReaderChange():
+        _reject("Give at least one of token_rate, paused and consumed.", None)
+    return change
+
+
+def _resumable(request: _Common, header: str | None) -> bool:
+    resumable = request.resumable
+    if resumable is None and header is not None:
+        if header.lower() not in ("true", "false"):
+            _reject(
+                f"The header X-Resumable must be true or false, got {header[:_SHOWN_CHARS]!r}.",
+                "resumable",
+            )
+        resumable = header.lower() == "true"
+    if resumable and not request.stream:
+        _reject("resumable is only allowed when stream is true.", "resumable")
+    return bool(resumable)
+
+
+def _request_id(request: _Common, header: str | None) -> str | None:
+    if request.request_id:
+        return check_request_id(request.request_id)
+    return check_request_id(header, "The header X-Request-Id") if header else None
+
+
+def _delivery(request: _Common, limits: Limits, headers: Given) -> dict[str, Any]:
     options = request.stream_options
     if options is not None and not request.stream:
         _reject("stream_options is only allowed when stream is true.", "stream_options")
     return {
-        "token_rate": _rate(request, limits, header_rate),
+        "token_rate": _rate(request, limits, headers.rate),
         "stream": bool(request.stream),
         "include_usage": bool(options and options.include_usage),
         "continuous_usage": bool(options and options.continuous_usage_stats),
         "generation_times": bool(options and options.include_generation_times),
-        "request_id": request.request_id or None,
+        "request_id": _request_id(request, headers.request_id),
         "cache_salt": request.cache_salt,
+        "resumable": _resumable(request, headers.resumable),
     }
 
 

@@ -6,19 +6,19 @@ import logging
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from tokenflow.cluster.api.errors import INTERNAL_MESSAGE
 from tokenflow.cluster.api.protocol import (
     MAX_CACHE_SALT_CHARS,
-    MAX_REQUEST_ID_CHARS,
     Call,
     Message,
     Sampling,
     check_model,
     check_rate,
+    check_request_id,
     check_role,
     check_stops,
     text_rate,
@@ -30,9 +30,11 @@ from tokenflow.replicas.errors import (
     CapacityError,
     EngineDeadError,
     InvalidRequestError,
+    ReaderReplacedError,
     RequestCancelledError,
 )
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.request import ReaderChange
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,10 +67,8 @@ def call_from(
 
     `metadata_rate` is the value of the `x-token-rate` metadata; the fields in the message win.
     """
-    if len(request.request_id) > MAX_REQUEST_ID_CHARS:
-        raise InvalidRequestError(
-            f"request_id may have at most {MAX_REQUEST_ID_CHARS} characters.", param="request_id"
-        )
+    if request.request_id:
+        check_request_id(request.request_id)
     if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequestError(
             f"cache_salt may have at most {MAX_CACHE_SALT_CHARS} characters.", param="cache_salt"
@@ -97,23 +97,49 @@ def call_from(
         stream=True,
         request_id=request.request_id or None,
         cache_salt=request.cache_salt or None,
+        resumable=request.resumable,
     )
+
+
+def change_from(request: pb.UpdateStreamRequest, limits: Limits) -> ReaderChange:
+    """The change of an UpdateStreamRequest. Raises InvalidRequestError."""
+    rate: float | None = None
+    if request.as_fast_as_possible:
+        if request.HasField("token_rate"):
+            _two_rates()
+        rate = math.inf
+    elif request.HasField("token_rate"):
+        rate = check_rate(request.token_rate, limits, "; without a reader set as_fast_as_possible")
+    change = ReaderChange(
+        token_rate=rate,
+        paused=request.paused if request.HasField("paused") else None,
+        consumed=request.consumed if request.HasField("consumed") else None,
+    )
+    if change == ReaderChange():
+        raise InvalidRequestError(
+            "Give at least one of token_rate, as_fast_as_possible, paused and consumed."
+        )
+    return change
 
 
 def _rate(request: pb.GenerateRequest, limits: Limits, metadata: str | None) -> float:
     if request.as_fast_as_possible:
         if request.HasField("token_rate"):
-            raise InvalidRequestError(
-                "as_fast_as_possible and token_rate exclude each other: a consumer that is no "
-                "reader has no reading speed.",
-                param="as_fast_as_possible",
-            )
+            _two_rates()
         return math.inf
     if request.HasField("token_rate"):
         return check_rate(request.token_rate, limits, "; without a reader set as_fast_as_possible")
     if metadata is not None:
         return text_rate(metadata, "The metadata x-token-rate", limits)
     return limits.default_token_rate
+
+
+def _two_rates() -> NoReturn:
+    raise InvalidRequestError(
+        "as_fast_as_possible and token_rate exclude each other: a consumer that is no reader has "
+        "no reading speed.",
+        param="as_fast_as_possible",
+    )
 
 
 def _sampling(message: pb.SamplingParams, limits: Limits) -> Sampling:
@@ -169,7 +195,9 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, InvalidRequestError):
         code = {
             404: grpc.StatusCode.NOT_FOUND,
+            409: grpc.StatusCode.ALREADY_EXISTS,
             413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+            416: grpc.StatusCode.OUT_OF_RANGE,
         }.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
         named = error.param is None or error.message.startswith(f"{error.param} ")
         return code, error.message if named else f"{error.param}: {error.message}"
@@ -180,6 +208,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
         )
     if isinstance(error, RequestCancelledError):
         return grpc.StatusCode.CANCELLED, str(error)
+    if isinstance(error, ReaderReplacedError):
+        return grpc.StatusCode.ABORTED, str(error)
     if isinstance(error, EngineDeadError):
         return grpc.StatusCode.UNAVAILABLE, "No replica can serve this request right now."
     logger.error("request failed: %r", error, exc_info=error)

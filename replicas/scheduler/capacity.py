@@ -53,11 +53,13 @@ def capacity(
 
 def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
-    arrival; the first one fits whatever it asks for. None when all fit. [TokenFlow §4.3]"""
-    rates = tracker.rate * ~tracker.elastic
+    arrival; the first one fits whatever it asks for, and who is paused asks for nothing. None when
+    all fit. [TokenFlow §4.3]"""
+    rates = tracker.rate * ~(tracker.elastic | tracker.paused)
     if float(rates.sum()) <= limit:
         return None
     order = tracker.by_arrival()
+    order = order[~tracker.paused[order]]
     beyond = np.zeros(len(tracker), bool)
     beyond[order] = np.cumsum(rates[order]) > limit
     beyond[order[0]] = False
@@ -93,10 +95,11 @@ def reference_rate(
     so that what such a stream has already got looks like a long buffer, and it makes room first.
     """
     everything = capacity(tracker, cost, kv_tokens, max_num_seqs, length)
-    count = int(np.count_nonzero(tracker.elastic))
+    takers = tracker.elastic & ~tracker.paused
+    count = int(np.count_nonzero(takers))
     if math.isinf(everything) or not count:
         return None
-    readers = float(tracker.rate[~tracker.elastic].sum())
+    readers = float(tracker.rate[~(tracker.elastic | tracker.paused)].sum())
     alone = cost.step_s(1, 0)
     most = 1.0 / alone if alone > 0 else math.inf
     return min(max((LOAD_FACTOR * everything - readers) / count, _FLOOR), most)

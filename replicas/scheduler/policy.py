@@ -58,7 +58,7 @@ class View:
         return self.total_blocks * self.block_size
 
     def waiting(self) -> IntArray:
-        """Rows without KV anywhere, in order of arrival."""
+        """Rows without KV anywhere, in order of arrival; those whose reader pauses come last."""
         return self.tracker.waiting()
 
     def running(self) -> IntArray:
@@ -70,7 +70,8 @@ class View:
         return self.tracker.count(State.RUNNING) + self.tracker.count(State.LOADING)
 
     def slack_s(self, rows: IntArray, now: float) -> FloatArray:
-        """Seconds until each reader needs a token that does not exist; -inf before the first."""
+        """Seconds until each reader needs a token that does not exist; -inf before the first, inf
+        while it pauses."""
         slack: FloatArray = self.tracker.due_s[rows] - now
         return slack
 

@@ -17,6 +17,9 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
    more of the device on decoding than on prompts.
 
+A reader who pauses has no need of tokens: its stream comes onto the device only when nobody else
+wants it, and is the first to leave.
+
 An output's length is what is expected of it (lengths.py). Consumers that are no readers are never
 held; their rate is a reference that the engine moves with the load. docs/scheduling.md has the
 picture.
@@ -125,9 +128,10 @@ class _Outlook:
             else:
                 longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
+        ahead &= ~tracker.paused
         alone_s = self.remaining * step_s
         work_s = float(self.remaining.sum()) / gamma
-        ahead |= alone_s >= work_s
+        ahead |= (alone_s >= work_s) & ~tracker.paused
         entitled = ahead | self.hungry
         entitled |= self.gains & (tracker.state == tracker.code(State.RUNNING))
         self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
@@ -210,7 +214,8 @@ class _Pass:
         if per_token <= 0 or decoding.all():
             return None
         rows = rows[decoding]
-        readers = rows[~(tracker.elastic[rows] | self.outlook.parked[rows])]
+        hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
+        readers = rows[hurried]
         if not len(readers):
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
@@ -221,7 +226,8 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        runs = self.outlook.gains[rows] | (self.pending[rows] > 1) | tracker.elastic[rows]
+        runs = self.outlook.gains[rows] | (self.pending[rows] > 1)
+        runs |= tracker.elastic[rows] & ~tracker.paused[rows]
         return rows[runs] if runs.any() else rows
 
     # -- who leaves -----------------------------------------------------------------------------
@@ -280,7 +286,8 @@ class _Pass:
         slack = self.outlook.slack[rows]
         leaves = slack > self.p.victim_slack_s
         # At least one token a stay: who leaves before it may never get any further.
-        leaves &= tracker.resident[rows] >= max(self.p.min_residency_tokens, 1)
+        stayed = tracker.resident[rows] >= max(self.p.min_residency_tokens, 1)
+        leaves &= stayed | tracker.paused[rows]
         leaves &= self.pending[rows] == 1
         leaves &= ~self.outlook.late[rows]
         blocks = tracker.blocks[rows]
@@ -353,7 +360,7 @@ class _Pass:
             # Begun, it would stall half-way; so it begins when it can also end.
             return self.view.blocks_for(int(self.outlook.remaining[row]))
         # For so long nobody may have slack enough to make room for the others.
-        rate = self.tracker.rate
+        rate = self.tracker.rate * ~self.tracker.paused
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 
@@ -369,7 +376,9 @@ class _Pass:
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
         yield from self._in_turn(rows[urgent])
-        if len(waiting):
+        idle = waiting[self.tracker.paused[waiting]]
+        if len(waiting) > len(idle):
+            waiting = waiting[: len(waiting) - len(idle)]
             begun = self.tracker.generated[waiting] > 0
             for group in (waiting[begun], waiting[~begun]):
                 needs = view.blocks_needed(group).tolist()
@@ -381,6 +390,7 @@ class _Pass:
         if not self.on_device:
             # Nobody has need of it, but a device is not left idle.
             yield from self._in_turn(rows[~(urgent | late | hungry)])
+            yield from self._in_turn(idle)
 
     def _in_turn(
         self, rows: IntArray, *, only_held: bool = False

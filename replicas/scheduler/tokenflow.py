@@ -134,7 +134,7 @@ class TokenFlowPolicy:
         tracker = view.tracker
         gone = {seq.row for seq, _ in plan.preempt}
         active = np.setdiff1d(np.arange(len(tracker)), np.concatenate([waiting, list(gone)]))
-        promised = float(tracker.rate[active].sum())
+        promised = float(tracker.rate[active[~tracker.paused[active]]].sum())
         gamma = self._gamma(view)
         if promised > gamma:
             self._resume_in_order(view, preempted, free, plan)

@@ -43,6 +43,7 @@ class Tracker:
             "prompt": np.int64,
             "limit": np.int64,
             "elastic": np.bool_,
+            "paused": np.bool_,
             "rate": np.float64,
             "due_s": np.float64,
             "generated": np.int64,
@@ -122,12 +123,14 @@ class Tracker:
         rows = np.fromiter(map(attrgetter("row"), seqs), np.int64, n)
         columns = self._columns
         state, entered = columns["state"][rows], columns["entered"][rows]
+        paused = columns["paused"][rows]
         for name, attribute in _INTS.items():
             columns[name][rows] = np.fromiter(map(attrgetter(attribute), seqs), np.int64, n)
         columns["generated"][rows] = [len(seq.output_ids) for seq in seqs]
         columns["slots"][rows] = [len(seq.host_slots) for seq in seqs]
         columns["state"][rows] = [CODES[seq.state] for seq in seqs]
         columns["elastic"][rows] = [seq.elastic for seq in seqs]
+        columns["paused"][rows] = [seq.playback.paused for seq in seqs]
         columns["rate"][rows] = [seq.playback.rate for seq in seqs]
         columns["due_s"][rows] = [seq.playback.due_s for seq in seqs]
         seqs.clear()
@@ -135,6 +138,7 @@ class Tracker:
         moved = state != columns["state"][rows]
         # Preempted and back within one step: the same state, another place in the order.
         moved |= entered != columns["entered"][rows]
+        moved |= paused != columns["paused"][rows]
         if moved.any():
             self._forget_places()
 
@@ -168,8 +172,14 @@ class Tracker:
 
     @property
     def due_s(self) -> FloatArray:
-        """When the reader needs a token that does not exist yet; -inf before the first token."""
+        """When the reader needs a token that does not exist yet; -inf before the first token, inf
+        while it is paused."""
         return self._floats("due_s")
+
+    @property
+    def paused(self) -> BoolArray:
+        """Whether the reader consumes nothing for now: its stream is served after all others."""
+        return self._view("paused")  # type: ignore[return-value]
 
     @property
     def elastic(self) -> BoolArray:
@@ -261,10 +271,11 @@ class Tracker:
         return self._running
 
     def waiting(self) -> IntArray:
-        """Rows without KV anywhere, in order of arrival."""
+        """Rows without KV anywhere, in order of arrival; those whose reader pauses come last."""
         if self._waiting is None:
             rows = self.rows(State.WAITING)
-            self._waiting = rows[np.lexsort((self.order[rows], self.arrival_s[rows]))]
+            keys = (self.order[rows], self.arrival_s[rows], self.paused[rows])
+            self._waiting = rows[np.lexsort(keys)]
         return self._waiting
 
     def by_arrival(self) -> IntArray:

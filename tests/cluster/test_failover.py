@@ -6,10 +6,11 @@ import asyncio
 import os
 import signal
 
-import openai
+import httpx
 import pytest
 
 from tests.support.processes import ray_pids
+from tests.support.sse import Started
 
 pytestmark = pytest.mark.cluster
 
@@ -19,45 +20,30 @@ BEGINNING = "you will be surprised to hear from me so soon, but the news cannot 
 
 
 async def test_streams_survive_the_death_of_their_replica(server):
-    client = openai.AsyncOpenAI(
-        base_url=server.base_url, api_key="none", max_retries=0, timeout=120
-    )
-    started = asyncio.Semaphore(0)
+    limits = httpx.Limits(max_connections=100)
+    client = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+    clients = Started(client, server.model)
 
     async def one(i: int) -> str:
-        stream = await client.completions.create(
-            model=server.model,
+        reading = await clients.read(
             prompt=f"Letter {i % 100 % 3}. My dear sister, " + BEGINNING,
             max_tokens=TOKENS,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, "token_rate": 30, "cache_salt": f"failover-{i}"},
+            token_rate=30,
+            cache_salt=f"failover-{i}",
         )
-        text, count, chunks = "", 0, 0
-        async for chunk in stream:
-            if chunk.choices:
-                text += chunk.choices[0].text
-                chunks += 1
-                if chunks == 2:
-                    started.release()
-            if chunk.usage:
-                count = chunk.usage.completion_tokens
-        assert count == TOKENS
-        return text
+        return reading.text
 
     alone = [await one(i) for i in range(100, 103)]
-    started = asyncio.Semaphore(0)
+    await clients.wait(3)
     failovers = server.metric("tokenflow_failovers_total")
     pids = ray_pids(REPLICA)
     assert len(pids) == 2
     streams = [asyncio.create_task(one(i)) for i in range(12)]
-    for _ in range(12):
-        await asyncio.wait_for(started.acquire(), 60)
+    await clients.wait(12)
     before = server.by_replica("tokenflow_prefix_host_hit_tokens_total")
     os.kill(pids[0], signal.SIGKILL)
     assert await asyncio.gather(*streams) == alone * 4
-    await client.close()
+    await client.aclose()
     assert server.metric("tokenflow_failovers_total") > failovers
     # Nobody else has these salts: what was loaded is what the dead replica had written.
     after = server.by_replica("tokenflow_prefix_host_hit_tokens_total")

@@ -7,10 +7,11 @@ import os
 import signal
 import time
 
-import openai
+import httpx
 import pytest
 
 from tests.support.processes import ray_pids
+from tests.support.sse import Started
 
 pytestmark = pytest.mark.cluster
 
@@ -19,40 +20,25 @@ STORE = "ray::KVStoreActor"
 
 
 async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(server):
-    client = openai.AsyncOpenAI(
-        base_url=server.base_url, api_key="none", max_retries=0, timeout=120
-    )
-    started = asyncio.Semaphore(0)
+    limits = httpx.Limits(max_connections=100)
+    client = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
+    clients = Started(client, server.model)
 
     async def one(i: int, salt: str) -> tuple[str, int]:
         """(text, cached prompt tokens)"""
-        stream = await client.completions.create(
-            model=server.model,
+        reading = await clients.read(
             prompt=f"Chapter {i % 4}. It was late in the year, and the house was quiet when",
             max_tokens=TOKENS,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, "token_rate": 15, "cache_salt": salt},
+            token_rate=15,
+            cache_salt=salt,
         )
-        text, cached, chunks = "", -1, 0
-        async for chunk in stream:
-            if chunk.choices:
-                text += chunk.choices[0].text
-                chunks += 1
-                if chunks == 2:
-                    started.release()
-            if chunk.usage:
-                assert chunk.usage.completion_tokens == TOKENS
-                cached = chunk.usage.prompt_tokens_details.cached_tokens
-        return text, cached
+        return reading.text, reading.usage["prompt_tokens_details"]["cached_tokens"]
 
     alone = [await one(i, "alone") for i in range(4)]
+    await clients.wait(4)
     (pid,) = ray_pids(STORE)
-    started = asyncio.Semaphore(0)
     streams = [asyncio.create_task(one(i, f"{i}")) for i in range(16)]
-    for _ in range(16):
-        await asyncio.wait_for(started.acquire(), 60)
+    await clients.wait(16)
     pinned = server.metric("tokenflow_store_slots", state="pinned")
     assert pinned > 0
     os.kill(pid, signal.SIGKILL)
@@ -75,4 +61,4 @@ async def test_streams_go_on_while_the_store_is_killed_and_it_keeps_its_blocks(s
     assert again[0] == alone[1][0]
     assert again[1] > 0
     assert server.metric("tokenflow_corrupt_blocks_total") == 0
-    await client.close()
+    await client.aclose()

@@ -4,7 +4,7 @@ plan asks for what the engine cannot do."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -21,8 +21,11 @@ from tests.support.engines import (
 from tests.support.fake_executor import expected_output
 from tests.support.plans import Checked, check_tracker
 from tokenflow.replicas import kv_cache
+from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.errors import InvalidRequestError
 from tokenflow.replicas.executor.base import KVLayout
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.scheduler.registry import POLICIES, make_policy
 
 BLOCK = 4
@@ -40,8 +43,8 @@ class Spec:
     arrives: int
     """Before this step, as the others."""
     cancelled: int = NEVER
-    rates: tuple[tuple[int, float], ...] = ()
-    """(before this step, new rate)."""
+    changes: tuple[tuple[int, ReaderChange], ...] = ()
+    """(before this step, what its reader does). Consumed is a share of the output, in percent."""
     family: int = 0
     """Requests of one family have prompts that begin alike; none is like those of family 0."""
     salt: str | None = None
@@ -95,6 +98,11 @@ def small_chunks():
 
 
 steps = st.integers(0, 80)
+changes = st.one_of(
+    st.builds(ReaderChange, token_rate=st.sampled_from(RATES)),
+    st.builds(ReaderChange, paused=st.booleans()),
+    st.builds(ReaderChange, consumed=st.sampled_from([0, 30, 100])),
+)
 specs = st.builds(
     Spec,
     prompt=st.integers(1, 60),
@@ -102,9 +110,7 @@ specs = st.builds(
     rate=st.sampled_from(RATES),
     arrives=st.integers(0, 40),
     cancelled=st.one_of(st.just(NEVER), st.just(NEVER), steps),
-    rates=st.one_of(
-        st.just(()), st.lists(st.tuples(steps, st.sampled_from(RATES)), max_size=3).map(tuple)
-    ),
+    changes=st.one_of(st.just(()), st.lists(st.tuples(steps, changes), max_size=4).map(tuple)),
     family=st.integers(0, 2),
     salt=st.sampled_from([None, None, "a", "b"]),
     delivered=st.sampled_from([0, 0, 0, 1, 9]),
@@ -205,7 +211,7 @@ class Run:
                 elif what == "cancel":
                     engine.cancel(f"{i}")
                 else:
-                    engine.set_rate(f"{i}", what)
+                    self._change(engine, f"{i}", what)
             executor.fail_next_job = bool({-1, step} & scenario.failures)
             if step in scenario.flips and scenario.host_slots:
                 executor.host[step * 7 % scenario.host_slots, step % BLOCK] ^= 1
@@ -223,13 +229,26 @@ class Run:
         self.schedule = executor.steps
         return self
 
+    @staticmethod
+    def _change(engine: Engine, name: str, change: ReaderChange) -> None:
+        for seq in engine.tracker.sequences:
+            if seq.request_id == name:
+                made = len(seq.output_ids)
+                if change.consumed is not None:
+                    change = replace(change, consumed=made * change.consumed // 100)
+                assert engine.change_reader(name, change)
+                with pytest.raises(InvalidRequestError, match="consumed"):
+                    engine.report_consumed(name, made + 1)
+                return
+        assert not engine.change_reader(name, change), "it has ended"
+
     def _todo(self) -> list[tuple[int, int, Any]]:
         """(step, request, what happens to it), in order."""
         todo: list[tuple[int, int, Any]] = []
         for i, spec in enumerate(self.scenario.specs):
             todo.append((spec.arrives, i, "arrives"))
-            # A reader can only leave, or change pace, after coming.
-            todo += [(max(at, spec.arrives), i, rate) for at, rate in spec.rates]
+            # A reader can only leave, or change, after coming.
+            todo += [(max(at, spec.arrives), i, change) for at, change in spec.changes]
             if spec.cancelled < NEVER:
                 todo.append((max(spec.cancelled, spec.arrives), i, "cancel"))
         return sorted(todo, key=lambda item: item[0])

@@ -71,6 +71,8 @@ def make_request(
     arrival_s: float = 100.0,
     resumed: list[int] | None = None,
     salt: str | None = None,
+    consumed: int | None = None,
+    paused: bool = False,
     **params: Any,
 ) -> Request:
     params.setdefault("temperature", 0.0)
@@ -80,6 +82,8 @@ def make_request(
         params=SamplingParams(max_tokens=max_tokens, **params),
         token_rate=rate,
         resumed_ids=tuple(resumed or ()),
+        consumed=consumed,
+        paused=paused,
         arrival_s=arrival_s,
         cache_salt=salt,
     )

@@ -18,6 +18,7 @@ def check_tracker(tracker: Tracker) -> None:
         "arrival_s": [s.arrival_s for s in tracker.sequences],
         "rate": [s.playback.rate for s in tracker.sequences],
         "due_s": [s.playback.due_s for s in tracker.sequences],
+        "paused": [s.playback.paused for s in tracker.sequences],
         "elastic": [s.elastic for s in tracker.sequences],
         "limit": [s.params.max_tokens for s in tracker.sequences],
         "generated": [len(s.output_ids) for s in tracker.sequences],

@@ -249,3 +249,42 @@ def test_overload_shows_in_the_gauges_while_it_lasts(policy, rate, overloaded):
     assert (max(parked) == 5) == overloaded
     assert max(capacity) > 0
     assert (engine.stats.now_overloaded, engine.stats.now_parked) == (False, 0)
+
+
+def test_a_stream_whose_reader_pauses_gives_its_memory_to_those_who_read():
+    engine, _, host, _ = fake_engine(blocks=12, block_size=4, max_model_len=48)
+    engine.add(make_request("paused", PROMPTS[0], 40))
+    for _ in range(12):
+        engine.step()
+    engine.take_events()
+    assert engine.pause("paused")
+    engine.add(make_request("other", PROMPTS[1], 36, rate=1000.0))
+    events = []
+    while "other" in engine.requests:
+        engine.step()
+        check_conservation(engine, host)
+        events += engine.take_events()
+    assert tokens_of([e for e in events if e.request_id == "other"]) == expected_output(
+        PROMPTS[1], 36
+    )
+    assert "paused" in engine.requests
+    assert engine.resume("paused")
+    assert engine.report_consumed("paused", 3)
+    with pytest.raises(InvalidRequestError, match="between 0 and the"):
+        engine.report_consumed("paused", 1000)
+    run_to_end(engine, host)
+    assert not engine.pause("paused") and not engine.resume("paused")
+    assert not engine.report_consumed("paused", 0)
+
+
+def test_a_moved_request_comes_with_its_readers_buffer():
+    engine, _, _, clock = fake_engine(tick=0.0)
+    tokens = expected_output(PROMPTS[0], 40)
+    engine.add(make_request("ahead", PROMPTS[0], 40, resumed=tokens[:30], consumed=10))
+    engine.add(make_request("even", PROMPTS[0], 40, resumed=tokens[:30]))
+    engine.add(make_request("away", PROMPTS[0], 40, resumed=tokens[:30], paused=True))
+    ahead, even, away = engine.tracker.sequences
+    assert ahead.playback.buffer(clock()) == 20
+    assert even.playback.buffer(clock()) == 0
+    assert even.playback.slack_s(clock()) == pytest.approx(0.1)
+    assert away.playback.paused

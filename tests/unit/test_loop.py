@@ -10,6 +10,7 @@ from tests.support.engines import fake_engine, make_request
 from tests.support.fake_executor import expected_output
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
 from tokenflow.replicas.loop import EngineLoop
+from tokenflow.replicas.request import ReaderChange
 
 
 class Sink:
@@ -99,3 +100,15 @@ def test_a_failing_step_ends_the_loop_and_says_so(running):
     assert executor.closed
     with pytest.raises(EngineDeadError, match="device lost"):
         loop.raise_if_dead()
+
+
+def test_a_readers_change_reaches_the_engine(running):
+    loop, sink, _, died = running
+    loop.submit(make_request("a", [1, 2, 3], 200))
+    loop.change_reader("a", ReaderChange(paused=True))
+    loop.change_reader("a", ReaderChange(consumed=1_000_000))
+    loop.change_reader("unknown", ReaderChange(token_rate=5.0))
+    with pytest.raises(InvalidRequestError, match="token_rate"):
+        loop.change_reader("a", ReaderChange(token_rate=-1.0))
+    assert len(sink.wait_for_end("a")) == 200
+    assert not died

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tokenflow.cluster.replica_registry import REGISTRY
-from tokenflow.cluster.streams import Stream, StreamManager
+from tokenflow.cluster.stream import Stream
+from tokenflow.cluster.streams import StreamManager
 from tokenflow.cluster.wire import Frame, Submission, pack
 from tokenflow.replicas.errors import RequestCancelledError, TokenFlowError
 from tokenflow.replicas.output import TokenEvent
@@ -154,7 +155,9 @@ class Replicas:
         self.loads: list[float] = []
         self.submit = SimpleNamespace(remote=lambda *a, **k: Response(self._submit(*a, **k)))
 
-    async def _submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+    async def _submit(
+        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
+    ) -> str:
         submission, route = pickle.loads(pickle.dumps((submission, route)))
         name = "ab"[len(self.submissions)]
         self.submissions.append(submission)
@@ -191,5 +194,5 @@ async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens
     assert stream.cached_tokens == 2
     assert replicas.loads == [counted, counted]
     assert not REGISTRY._loads
-    for task in manager._tasks:
+    for task in manager._calls.tasks:
         task.cancel()

@@ -90,11 +90,14 @@ def payloads(body: bytes) -> list[dict[str, Any]]:
     """The JSON of each event; [DONE] comes last and only there."""
     events = body.split(b"\n\n")
     assert events.pop() == b""
-    assert events.pop() + b"\n\n" == DONE
+    datas = []
     for event in events:
-        assert event.startswith(b"data: {")
-        assert b"\n" not in event and b"\r" not in event
-    return [json.loads(event[6:]) for event in events]
+        first, data = event.split(b"\n")
+        assert first.startswith(b"id: the-id:")
+        assert b"\r" not in event
+        datas.append(data)
+    assert datas.pop() + b"\n\n" == DONE
+    return [json.loads(data.removeprefix(b"data: ")) for data in datas]
 
 
 def strict(kind: type[BaseModel], data: dict[str, Any]) -> Any:
@@ -513,7 +516,9 @@ def test_internal_errors_are_logged_and_not_shown(caplog):
 
 
 def test_an_error_inside_a_stream_is_one_event():
-    body = sse(error_body(RuntimeError("x"))[1]) + DONE
+    made = answer(call())
+    made.opening(1)
+    body = made.failure(error_body(RuntimeError("x"))[1])
     (data,) = payloads(body)
     assert data["error"]["message"] == INTERNAL_MESSAGE
 

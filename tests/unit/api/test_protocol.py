@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tokenflow.cluster.api import protocol
 from tokenflow.cluster.api.protocol import (
     Call,
+    Given,
     Message,
     Sampling,
     build_sampling,
@@ -42,7 +43,7 @@ def chat(header_rate=None, limits=LIMITS, **changes) -> Call:
 def parse(function, body, header_rate=None, limits=LIMITS) -> Call:
     """As the ingress does it: from bytes."""
     checked = parse_body(json.dumps(body).encode(), limits)
-    return function(checked, model_names=["m"], limits=limits, header_rate=header_rate)
+    return function(checked, model_names=["m"], limits=limits, headers=Given(rate=header_rate))
 
 
 def refusal(function, *args, **kwargs) -> InvalidRequestError:

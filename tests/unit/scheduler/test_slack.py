@@ -62,6 +62,34 @@ def test_a_full_buffer_makes_room_for_a_first_token():
     assert batch(decided) == {"thin": 1, "late": 8}
 
 
+def paused(seq: Sequence) -> Sequence:
+    seq.playback.pause(NOW)
+    return seq
+
+
+def test_a_stream_whose_reader_pauses_is_the_first_to_leave_and_the_last_to_come():
+    situation = view(paused(running("p", 0.5, resident=1)), running("thin", 0.5), late_one())
+    assert victims(plan(situation)) == ["p"]
+    for kind in (
+        sequence("p"),
+        off("p", 0.0),
+        sequence("p", output=40),
+        off("p", 0.0, rate=NO_READER),
+    ):
+        crowded = plan(view(running("thin", 0.5), paused(kind), late_one(), free=50))
+        assert not crowded.resume and names(crowded.admit) == ["late"]
+        idle = plan(view(paused(kind), free=50))
+        assert names([*idle.resume, *idle.admit]) == ["p"]
+
+
+def test_while_others_wait_a_stream_whose_reader_pauses_makes_no_tokens():
+    for rate in (10.0, NO_READER):
+        one = paused(running("p", 0.5, rate=rate, resident=1))
+        decided = plan(view(one, running("thin", 0.5), late_one(max_tokens=8), free=1))
+        assert "p" not in batch(decided)
+    assert batch(plan(view(paused(running("p", 0.5)), free=4))) == {"p": 1}
+
+
 def test_a_newcomer_waits_for_blocks_that_are_still_being_copied_out():
     decided = plan(view(running("full", 6.0, synced=0), late_one(), free=0))
     assert victims(decided) == ["full"] and decided.admit == []
