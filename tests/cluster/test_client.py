@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.support import node_client
 from tokenflow.client import AsyncClient, Client, InvalidRequest, NotFound
 
 pytestmark = pytest.mark.cluster
@@ -65,3 +66,16 @@ async def test_leaving_early_frees_the_blocks(server, client):
 async def test_what_is_served(server, client):
     info = await client.model_info()
     assert (info.model, info.max_model_len, info.default_token_rate) == (server.model, 1024, 20)
+
+
+async def test_node_clients_get_the_same_text(server, client):
+    expected = await client.generate(
+        "The old man", max_tokens=24, temperature=0.0, ignore_eos=True
+    ).text()
+    status, text, end = await node_client.run(*node_client.bare(), server.grpc, "The old man", "24")
+    assert (status, text) == (0, expected), end
+    command = node_client.installed()
+    options = ("--max-tokens", "24", "--temperature", "0", "--rate", "50")
+    status, text, end = await node_client.run(*command, server.grpc, "The old man", *options)
+    assert (status, text) == (0, expected), end
+    assert end["usage"]["completion_tokens"] == 24
