@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -50,3 +52,13 @@ async def test_reflection_describes_the_service_in_both_versions(channel, servic
     names = {service.name for service in listed.list_services_response.service}
     assert {SERVICE.full_name, HEALTH} <= names
     assert all(answer.HasField("file_descriptor_response") for answer in described)
+
+
+async def test_one_connection_carries_many_streams(channel):
+    stub = health_pb2_grpc.HealthStub(channel)
+    watched = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(150)]
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*(call.read() for call in watched))
+    for call in watched:
+        call.cancel()
+    assert {answer.status for answer in answers} == {health_pb2.HealthCheckResponse.SERVING}
