@@ -64,6 +64,9 @@ class Stream:
         self._manager = manager
         self._pending: list[TokenEvent] = []
         self._ready = asyncio.Event()
+        self._held = False
+        """Pending tokens have a time at which they go, which more of them do not change: they wake
+        nobody, or every stream would be woken with every step."""
         self._error: Exception | None = None
 
     @property
@@ -91,7 +94,8 @@ class Stream:
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
         self._pending.append(event)
-        self._ready.set()
+        if not self._held or self.finish_reason is not None:
+            self._ready.set()
 
     def fail(self, error: Exception) -> None:
         """No more tokens will come."""
@@ -140,7 +144,9 @@ class Stream:
                     continue
                 self._ready.clear()
                 due = coalescer.next_due(now)
+                self._held = due is not None
                 await self._wait(beat_at if due is None else min(due, beat_at), now)
+                self._held = False
         finally:
             self._manager.close(self)
 
@@ -148,11 +154,12 @@ class Stream:
         if until == math.inf:
             await self._ready.wait()
             return
+        # Cheaper than a timeout, and made for every message.
+        alarm = asyncio.get_running_loop().call_later(max(0.0, until - now), self._ready.set)
         try:
-            async with asyncio.timeout(max(0.0, until - now)):
-                await self._ready.wait()
-        except TimeoutError:
-            pass
+            await self._ready.wait()
+        finally:
+            alarm.cancel()
 
 
 class StreamManager:
