@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import grpc
 
-from tokenflow.client.errors import ClientError, Failure, ProtocolError, Unavailable
+from tokenflow.client.errors import (
+    ClientError,
+    DeadlineExceeded,
+    Failure,
+    ProtocolError,
+    Unavailable,
+)
 from tokenflow.client.types import Chunk, Usage, chunk_of, usage_of
 from tokenflow.cluster.rpc import inference_pb2 as pb
 
@@ -141,6 +147,10 @@ class Session:
                 f"The stream was lost after {self.received} tokens and is not resumable: "
                 f"{failure.details}",
                 code=failure.code,
+            )
+        if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DeadlineExceeded(
+                f"Time is over after {self.received} tokens: {failure.details}", code=failure.code
             )
         overloaded = (
             failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED and failure.retry_after_s is not None
