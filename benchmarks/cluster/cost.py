@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import uuid
@@ -167,6 +168,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    # The servers must be taken down also when this is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report: dict[str, Any] = {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
         "streams": args.streams,
