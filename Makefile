@@ -33,7 +33,7 @@ format: setup
 	$(BIN)/ruff format .
 
 typecheck: setup
-	$(BIN)/mypy -p tokenflow.replicas -p tokenflow.kvstore -p tokenflow.loadgen -p tokenflow.cluster
+	$(BIN)/mypy -p tokenflow.replicas -p tokenflow.kvstore -p tokenflow.loadgen -p tokenflow.cluster -p tokenflow.client
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

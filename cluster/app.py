@@ -17,7 +17,11 @@ from tokenflow.cluster.replica import Replica
 from tokenflow.cluster.router import BurstRouter
 
 APP_NAME = "tokenflow"
-GRPC_SERVICERS = ["tokenflow.cluster.rpc.servicer.add_inference_to_server"]
+GRPC_SERVICERS = [
+    "tokenflow.cluster.rpc.servicer.add_inference_to_server",
+    "tokenflow.cluster.rpc.probes.add_reflection_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
 
 # Admission is the engine's and the ingress's business; Serve's own limit must never bite first.
 _UNLIMITED = 1_000_000

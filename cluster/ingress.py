@@ -46,6 +46,7 @@ from tokenflow.cluster.prompts import PromptEncoder
 from tokenflow.cluster.reconnect import Context, Reconnections, unknown_request
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, change_from, response_from
+from tokenflow.cluster.rpc.probes import Probes
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.errors import EngineDeadError
@@ -75,7 +76,7 @@ async def _any_exception(_: Request, error: Exception) -> JSONResponse:
 
 
 @serve.ingress(app)
-class Ingress:
+class Ingress(Probes):
     """One ingress process; it owns the streams of its clients."""
 
     def __init__(self, replica: Any, config_tree: dict[str, Any]) -> None:
@@ -337,6 +338,14 @@ class Ingress:
             vocab_size=info["vocab_size"],
             default_token_rate=self._limits.default_token_rate,
         )
+
+    async def healthy(self) -> bool:
+        """Whether a replica answers."""
+        try:
+            await self._streams.info(_INFO_TIMEOUT_S)
+        except EngineDeadError:
+            return False
+        return True
 
     async def Cancel(self, request: Any, grpc_context: Any) -> pb.CancelResponse:
         """tokenflow.v1.Inference/Cancel. The cancelled stream ends with its status CANCELLED."""

@@ -80,6 +80,9 @@ class Stream:
         self._coalescer = StreamCoalescer(token_rate)
         self._pending: list[TokenEvent] = []
         self._ready = asyncio.Event()
+        self._held = False
+        """Pending tokens have a time at which they go, which more of them do not change: they wake
+        nobody, or every stream would be woken with every step."""
         self._error: Exception | None = None
 
     def next_attempt(self) -> str:
@@ -116,7 +119,8 @@ class Stream:
         if self.resumable:
             self.history.append(event)
         self._queue(event)
-        self._ready.set()
+        if not self._held or self.finish_reason is not None:
+            self._ready.set()
 
     def fail(self, error: Exception) -> None:
         """No more tokens will come."""
@@ -234,7 +238,9 @@ class Stream:
                     continue
                 self._ready.clear()
                 due = coalescer.next_due(now)
+                self._held = due is not None
                 await self._wait(beat_at if due is None else min(due, beat_at), now)
+                self._held = False
         finally:
             if not self.resumable:
                 self._manager.close(self)
@@ -243,8 +249,9 @@ class Stream:
         if until == math.inf:
             await self._ready.wait()
             return
+        # Cheaper than a timeout, and made for every message.
+        alarm = asyncio.get_running_loop().call_later(max(0.0, until - now), self._ready.set)
         try:
-            async with asyncio.timeout(max(0.0, until - now)):
-                await self._ready.wait()
-        except TimeoutError:
-            pass
+            await self._ready.wait()
+        finally:
+            alarm.cancel()

@@ -16,13 +16,15 @@ from tokenflow.replicas.output import TokenEvent
 DONE = b"data: [DONE]\n\n"
 # Characters at which many clients end a line, though the event stream does not.
 _LINE_SEPARATORS = (("\u2028", "\\u2028"), ("\u2029", "\\u2029"), ("\x85", "\\u0085"))
+# Made once: `json.dumps` with arguments makes an encoder for each call.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 HEARTBEAT = b": waiting\n\n"
 """A comment of the event stream, which clients skip."""
 
 
 def sse(data: dict[str, Any], event_id: str | None = None) -> bytes:
     """One server-sent event."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    text = _encode(data)
     for separator, escaped in _LINE_SEPARATORS:
         text = text.replace(separator, escaped)
     head = "" if event_id is None else f"id: {event_id}\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import grpc
 
+from tokenflow.client.requests import generate_request
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.stub import InferenceStub
 from tokenflow.loadgen.description import GrpcServer
@@ -95,26 +95,22 @@ class GrpcTarget:
 
 
 def _request(ask: Ask, built: Any, history: Seq[Turn]) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(
-        sampling=pb.SamplingParams(
-            max_tokens=ask.output_tokens,
-            min_tokens=ask.output_tokens,
-            ignore_eos=True,
-            seed=ask.seed,
-        )
+    prompt = built
+    if isinstance(built, str):
+        prompt = []
+        for turn in history:
+            prompt.append({"role": "user", "content": turn.asked})
+            prompt.append({"role": "assistant", "content": turn.answered})
+        prompt.append({"role": "user", "content": built})
+    return generate_request(
+        prompt,
+        token_rate=ask.token_rate,
+        resumable=False,
+        max_tokens=ask.output_tokens,
+        min_tokens=ask.output_tokens,
+        ignore_eos=True,
+        seed=ask.seed,
     )
-    if ask.token_rate == math.inf:
-        request.as_fast_as_possible = True
-    else:
-        request.token_rate = ask.token_rate
-    if not isinstance(built, str):
-        request.token_ids.ids.extend(built)
-        return request
-    for turn in history:
-        request.chat.messages.add(role="user", content=turn.asked)
-        request.chat.messages.add(role="assistant", content=turn.answered)
-    request.chat.messages.add(role="user", content=built)
-    return request
 
 
 def _status(error: grpc.aio.AioRpcError) -> str:

@@ -8,9 +8,11 @@ token i, its consumption time is `c_1 = a_1`, `c_i = max(a_i, c_{i-1} + 1/rate)`
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the client library goes without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 FULL_WEIGHT_SHARE = 0.1
 """A token counts in full while the buffer is within this share of the output. [TokenFlow §7.1.3]"""
@@ -165,6 +167,8 @@ def token_weights(
     buffers: NDArray[np.float64], output_tokens: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """`token_weight` over arrays of the same shape."""
+    import numpy as np
+
     low = np.maximum(FULL_WEIGHT_SHARE * output_tokens, 1e-9)
     weights: NDArray[np.float64] = np.clip(2.0 - buffers / low, 0.0, 1.0)
     return weights

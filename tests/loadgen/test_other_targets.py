@@ -157,6 +157,8 @@ class Service:
     def Cancel(self, request, context):
         return pb.CancelResponse()
 
+    Resume = UpdateStream = Cancel  # never called
+
     def Generate(self, request, context):
         self.requests.append(request)
         count = request.sampling.max_tokens

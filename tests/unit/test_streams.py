@@ -196,3 +196,29 @@ async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens
     assert not REGISTRY._loads
     for task in manager._calls.tasks:
         task.cancel()
+
+
+async def test_tokens_that_wait_for_their_time_wake_nobody_and_the_last_one_does(monkeypatch):
+    woken = 0
+    wait = Stream._wait
+
+    async def counted(self: Stream, until: float, now: float) -> None:
+        nonlocal woken
+        await wait(self, until, now)
+        woken += 1
+
+    monkeypatch.setattr(Stream, "_wait", counted)
+    stream = make_stream(rate=1.0)
+    for i in range(6):
+        stream.deliver(event(i))
+    batches = stream.batches(30.0)
+    assert len(await anext(batches)) == 6
+    following = asyncio.ensure_future(anext(batches))
+    for i in range(6, 50):
+        await asyncio.sleep(0)
+        stream.deliver(event(i))
+    assert woken == 1  # by the first of them
+    stream.deliver(event(50, "stop"))
+    assert len(await asyncio.wait_for(following, 5)) == 45
+    assert woken == 2
+    await batches.aclose()
