@@ -22,7 +22,7 @@ class BurstRouter(RequestRouter):
         from tokenflow.cluster.replica_registry import REGISTRY
 
         super().update_replicas(replicas)
-        REGISTRY.update(r.replica_id.unique_id for r in replicas)
+        REGISTRY.update({r.replica_id.unique_id: r.node_id or "" for r in replicas})
 
     async def choose_replicas(
         self,

@@ -61,6 +61,8 @@ class Stream:
         self.arrived_s = time.monotonic()
         self.attempt = 0
         self.replica_id: str | None = None
+        self.kv_source: str | None = None
+        """The node of the replica that it was on before."""
         self._manager = manager
         self._pending: list[TokenEvent] = []
         self._ready = asyncio.Event()
@@ -255,6 +257,7 @@ class StreamManager:
                 resumed_ids=tuple(stream.token_ids),
                 waited_s=time.monotonic() - stream.arrived_s,
                 cache_salt=stream.cache_salt,
+                kv_source=stream.kv_source,
             )
             self._streams[attempt_id] = stream
             try:
@@ -321,6 +324,7 @@ class StreamManager:
         """Resubmit a stream whose replica is lost."""
         self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
+        stream.kv_source = REGISTRY.node_of(stream.replica_id or "") or None
         stream.replica_id = None
         if stream.finish_reason is not None:
             return

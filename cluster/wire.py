@@ -27,6 +27,8 @@ class Submission:
     """Seconds since the client's request arrived, so that order of arrival survives a move."""
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
+    kv_source: str | None = None
+    """The node whose store has KV of this text, if another replica has served it before."""
 
 
 Frame = list[tuple[object, ...]]

@@ -138,12 +138,14 @@ class Engine:
                 f"This replica already holds {len(self._sequences)} requests; try again later."
             )
 
-    def prompt_keys(self, request: Request) -> list[bytes]:
-        """What `add` can be spared computing; safe from any thread."""
-        return self.kv.prompt_keys(request.prompt_ids, request.cache_salt)
+    def known_keys(self, request: Request) -> list[bytes]:
+        """Keys of all blocks that its prompt and resumed tokens fill, which `add` is then spared
+        computing; safe from any thread."""
+        tokens = (*request.prompt_ids, *request.resumed_ids)
+        return self.kv.keys_of(tokens, request.cache_salt)
 
     def add(self, request: Request, keys: list[bytes] | None = None) -> None:
-        """Queue a checked request; `keys` as by `prompt_keys`. Raises InvalidRequestError when its
+        """Queue a checked request; `keys` as by `known_keys`. Raises InvalidRequestError when its
         id is already in use."""
         if request.request_id in self._sequences:
             raise InvalidRequestError(

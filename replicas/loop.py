@@ -17,6 +17,7 @@ from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import Request
+from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.stats import EngineStats
 
 logger = logging.getLogger("tokenflow.engine")
@@ -64,12 +65,16 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
+    def keys(self, request: Request) -> list[bytes]:
+        """Keys of all blocks that its known tokens fill (`Engine.known_keys`)."""
+        return self._engine.known_keys(request)
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError or CapacityError at once when it cannot be
         served, EngineDeadError when the loop has stopped."""
         self.raise_if_dead()
         self._engine.check(request)
-        self._inbox.put(_Add(request, self._engine.prompt_keys(request)))
+        self._inbox.put(_Add(request, self.keys(request)))
 
     def cancel(self, request_id: str) -> None:
         """End a request early; unknown ids are ignored (it may have just finished)."""
@@ -91,6 +96,11 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """Live counters; read without a lock, so figures of one step may be half updated."""
         return self._engine.stats
+
+    @property
+    def cost(self) -> CostModel:
+        """What the engine has learned; only to be read."""
+        return self._engine.cost
 
     def _main(self) -> None:
         try:
