@@ -45,6 +45,7 @@ from tokenflow.cluster.prompts import PromptEncoder
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, response_from
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
+from tokenflow.cluster.stream_mover import StreamMover
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.errors import EngineDeadError
 from tokenflow.replicas.output import TokenEvent
@@ -84,6 +85,7 @@ class Ingress:
         self._created = int(time.time())
         self._encoder = PromptEncoder(config.model.directory)
         self._streams = StreamManager(replica, failover_timeout_s=config.ingress.failover_timeout_s)
+        self._mover = StreamMover(self._streams, config.ingress.rebalance_interval_s)
         self._info: dict[str, Any] | None = None
 
     # -- HTTP -----------------------------------------------------------------------------------
@@ -132,6 +134,7 @@ class Ingress:
             ingress=self._streams.ingress_id,
             streams=self._streams.active,
             failovers=self._streams.failovers,
+            moves=self._streams.moves,
         )
         return Response(text, media_type=_PROMETHEUS_TYPE)
 
@@ -254,6 +257,7 @@ class Ingress:
 
     async def _start(self, call: Call) -> Generation:
         """Tokenize and open the streams. Raises what the client must be told."""
+        self._mover.start()
         info = await self._model_info()
         prompts = await self._encoder.encode(call, vocab_size=info["vocab_size"])
 

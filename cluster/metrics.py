@@ -93,12 +93,18 @@ class _Snapshot:
     """A collector over one reading of all replicas."""
 
     def __init__(
-        self, replicas: Iterable[dict[str, Any]], ingress: str, streams: int, failovers: int
+        self,
+        replicas: Iterable[dict[str, Any]],
+        ingress: str,
+        streams: int,
+        failovers: int,
+        moves: int,
     ) -> None:
         self._replicas = list(replicas)
         self._ingress = ingress
         self._streams = streams
         self._failovers = failovers
+        self._moves = moves
 
     def _stores(self) -> Iterator[Metric]:
         """The nodes' KV stores, and the replicas' ways to them."""
@@ -186,12 +192,17 @@ class _Snapshot:
         )
         failovers.add_metric([self._ingress], self._failovers)
         yield failovers
+        moves = CounterMetricFamily(
+            "tokenflow_moves", "Streams moved off an overloaded replica.", labels=["ingress"]
+        )
+        moves.add_metric([self._ingress], self._moves)
+        yield moves
 
 
 def render(
-    replicas: Iterable[dict[str, Any]], *, ingress: str, streams: int, failovers: int
+    replicas: Iterable[dict[str, Any]], *, ingress: str, streams: int, failovers: int, moves: int
 ) -> bytes:
     """The exposition text. `replicas` are dicts as `Replica.stats` returns them."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(replicas, ingress, streams, failovers))  # type: ignore[arg-type]
+    registry.register(_Snapshot(replicas, ingress, streams, failovers, moves))  # type: ignore[arg-type]
     return generate_latest(registry)

@@ -159,11 +159,13 @@ class Replica:
 
     # -- doors ----------------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+    async def submit(
+        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
+    ) -> str:
         """Take a request; its events go to the frame stream of `submission.ingress_id`.
 
         Returns this replica's id. Raises InvalidRequestError, CapacityError or EngineDeadError.
-        `route` is for the router only.
+        `route` and `target` are for the router only; where `target` is gone, another one takes it.
         """
         request = Request(
             request_id=submission.request_id,
@@ -245,6 +247,7 @@ class Replica:
             "node_id": self._node_id,
             "pid": os.getpid(),
             "store": store,
+            "overload": self._engine.overload,
             "fetch": (self._fetcher.stats if self._fetcher else FetchStats()).to_dict(),
             **self._engine.stats.to_dict(),
         }

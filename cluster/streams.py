@@ -19,7 +19,12 @@ from typing import Any, TypeVar
 from tokenflow.cluster.coalescer import StreamCoalescer
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.wire import Submission, unpack
-from tokenflow.replicas.errors import EngineDeadError, RequestCancelledError, TokenFlowError
+from tokenflow.replicas.errors import (
+    CapacityError,
+    EngineDeadError,
+    RequestCancelledError,
+    TokenFlowError,
+)
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -163,7 +168,9 @@ class StreamManager:
     def __init__(self, handle: Any, *, failover_timeout_s: float) -> None:
         self.ingress_id = uuid.uuid4().hex
         self.failovers = 0
-        """Streams moved to another replica, total."""
+        """Streams moved off a lost replica, total."""
+        self.moves = 0
+        """Streams moved to another replica for their own good, total."""
         self._handle = handle
         self._failover_timeout_s = failover_timeout_s
         self._streams: dict[str, Stream] = {}
@@ -174,6 +181,10 @@ class StreamManager:
     @property
     def active(self) -> int:
         return len(self._streams)
+
+    def by_attempt(self, attempt_id: str) -> Stream | None:
+        """The live stream that a replica knows under this id."""
+        return self._streams.get(attempt_id)
 
     def find(self, request_id: str) -> list[Stream]:
         """Live streams of a client's request."""
@@ -240,8 +251,26 @@ class StreamManager:
 
     # -- placing and moving ---------------------------------------------------------------------
 
-    async def _place(self, stream: Stream) -> None:
-        """Hand the stream to a replica; waits for one, at most `failover_timeout_s`."""
+    async def move_to(self, stream: Stream, replica_id: str) -> None:
+        """Have a live stream go on at another replica, or where that is gone, at any.
+
+        What the old one sends from now on is not listened to: sampling is a pure function of seed
+        and position, so the new one draws the same tokens. A stream that is not on a replica at
+        this moment (being placed or moved, or ended) is left alone.
+        """
+        old_attempt, old = stream.attempt_id, stream.replica_id
+        if old is None or old == replica_id or self._streams.pop(old_attempt, None) is None:
+            return
+        REGISTRY.finish(old_attempt)
+        stream.kv_source = REGISTRY.node_of(old) or None
+        stream.replica_id = None
+        self.moves += 1
+        self._spawn(self._cancel(old_attempt, old))
+        await self._spawn(self._resubmit(stream, target=replica_id))
+
+    async def _place(self, stream: Stream, target: str | None = None) -> None:
+        """Hand the stream to a replica, first to `target`; waits for one, at most
+        `failover_timeout_s`."""
         from ray.exceptions import RayActorError
 
         deadline = time.monotonic() + self._failover_timeout_s
@@ -261,7 +290,7 @@ class StreamManager:
             )
             self._streams[attempt_id] = stream
             try:
-                replica_id = await self._submit(submission, stream.token_rate, deadline)
+                replica_id = await self._submit(submission, stream.token_rate, deadline, target)
             except BaseException as error:
                 self._streams.pop(attempt_id, None)
                 REGISTRY.finish(attempt_id)
@@ -283,9 +312,13 @@ class StreamManager:
                 self._pumps[replica_id] = self._spawn(self._pump(replica_id))
             return
 
-    async def _submit(self, submission: Submission, rate: float, deadline: float) -> str:
+    async def _submit(
+        self, submission: Submission, rate: float, deadline: float, target: str | None
+    ) -> str:
         """The id of the replica that took it. Raises EngineDeadError when none is there in time."""
-        response = self._handle.submit.remote(submission, route=(submission.request_id, rate))
+        response = self._handle.submit.remote(
+            submission, route=(submission.request_id, rate), target=target
+        )
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 replica_id: str = await response
@@ -329,8 +362,16 @@ class StreamManager:
         if stream.finish_reason is not None:
             return
         self.failovers += 1
+        await self._resubmit(stream)
+
+    async def _resubmit(self, stream: Stream, target: str | None = None) -> None:
         try:
-            await self._place(stream)
+            try:
+                await self._place(stream, target)
+            except CapacityError:
+                if target is None:
+                    raise
+                await self._place(stream)
         except Exception as error:
             stream.fail(TokenFlowError(f"the stream lost its replica and found no other: {error}"))
 

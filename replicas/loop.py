@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.overload import OverloadReport
 from tokenflow.replicas.request import Request
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.stats import EngineStats
@@ -96,6 +97,11 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """Live counters; read without a lock, so figures of one step may be half updated."""
         return self._engine.stats
+
+    @property
+    def overload(self) -> OverloadReport:
+        """The latest report for who moves requests between replicas."""
+        return self._engine.overload
 
     @property
     def cost(self) -> CostModel:

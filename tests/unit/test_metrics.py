@@ -73,7 +73,7 @@ ENGINES = {"one": stats("one", 1000), "two": stats("two", 2000)}
 
 def scrape(**given) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Metric name -> labels -> value."""
-    arguments = {"ingress": "front", "streams": 3, "failovers": 2} | given
+    arguments = {"ingress": "front", "streams": 3, "failovers": 2, "moves": 5} | given
     replicas = arguments.pop(
         "replicas", [s.to_dict() | {"replica_id": name} for name, s in ENGINES.items()]
     )
@@ -183,15 +183,20 @@ def test_the_ingress_counts_its_own():
     found = scrape()
     assert found["tokenflow_ingress_streams"] == {(("ingress", "front"),): 3.0}
     assert found["tokenflow_failovers_total"] == {(("ingress", "front"),): 2.0}
+    assert found["tokenflow_moves_total"] == {(("ingress", "front"),): 5.0}
 
 
 def test_without_replicas_the_ingress_still_answers():
-    found = scrape(replicas=[], streams=0, failovers=0)
-    assert set(found) == {"tokenflow_ingress_streams", "tokenflow_failovers_total"}
+    found = scrape(replicas=[], streams=0, failovers=0, moves=0)
+    assert set(found) == {
+        "tokenflow_ingress_streams",
+        "tokenflow_failovers_total",
+        "tokenflow_moves_total",
+    }
 
 
 def test_a_fresh_engine_exports_zeros():
-    found = scrape(replicas=[EngineStats().to_dict() | {"replica_id": "new"}])
+    found = scrape(replicas=[EngineStats().to_dict() | {"replica_id": "new"}], moves=0)
     assert set(NAMES.values()) <= set(found)
     assert "tokenflow_finished_requests_total" not in found
     for name, series in found.items():

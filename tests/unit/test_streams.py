@@ -154,7 +154,9 @@ class Replicas:
         self.loads: list[float] = []
         self.submit = SimpleNamespace(remote=lambda *a, **k: Response(self._submit(*a, **k)))
 
-    async def _submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+    async def _submit(
+        self, submission: Submission, *, route: tuple[str, float], target: str | None
+    ) -> str:
         submission, route = pickle.loads(pickle.dumps((submission, route)))
         name = "ab"[len(self.submissions)]
         self.submissions.append(submission)
