@@ -1,4 +1,4 @@
-"""Rebalancing: only from who is short to who has room, never there and back, and it comes to rest."""
+"""Rebalancing: only from who is short to who has room, never to and fro, and it comes to rest."""
 
 from dataclasses import replace
 

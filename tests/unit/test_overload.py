@@ -12,7 +12,7 @@ from tokenflow.replicas.request import State
 def loaded(n, *, rate=10.0, blocks=64, max_tokens=40, **options):
     """An engine that has run for a while with `n` requests of 12 prompt tokens; one step takes
     0.05 s, so about 20 steps/s."""
-    engine, executor, host, clock = fake_engine(blocks=blocks, tick=0.0, **options)
+    engine, executor, _, clock = fake_engine(blocks=blocks, tick=0.0, **options)
     execute = executor.execute
 
     def slow(batch):
@@ -39,7 +39,7 @@ def test_an_engine_with_room_would_keep_everybody():
 
 
 def test_who_is_off_the_device_and_beyond_the_capacity_may_leave():
-    engine, clock = loaded(12, rate=20.0)
+    engine, _ = loaded(12, rate=20.0)
     report = engine.overload
     assert engine.stats.now_overloaded
     off = {
