@@ -119,7 +119,7 @@ async def test_kv_follows_a_stream_to_another_node(nodes):
 
 
 async def test_streams_leave_a_replica_that_is_out_of_capacity(nodes):
-    reader = Reader(nodes, 300, 60)
+    reader = Reader(nodes, 300, 20)
     alone = [await reader.read(i) for i in range(3)]
     # One replica is away for some seconds and comes back idle, while the other has all streams.
     os.kill(next(iter(replicas(nodes).values())), signal.SIGKILL)
