@@ -33,10 +33,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import ray
 import xxhash
-from ray import serve
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tokenflow.cluster.config import load_config
 from tokenflow.cluster.local import LocalCluster, free_port
@@ -152,6 +149,8 @@ class Holder:
         return self._bytes
 
     def copy_from(self, other: Any) -> float:
+        import ray
+
         begun = time.perf_counter()
         self._bytes[:] = ray.get(other.read.remote())
         return time.perf_counter() - begun
@@ -159,6 +158,9 @@ class Holder:
 
 def move_objects(nodes: list[str], total: int, repeats: int) -> float:
     """GB/s between actors of two nodes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     actor: Any = ray.remote(num_cpus=0)(Holder)
     a, b = (
         actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
@@ -201,6 +203,8 @@ async def _fetched(manager: StreamManager) -> int:
 
 
 async def move_streams(prompt_tokens: int, repeats: int) -> dict[str, Any]:
+    from ray import serve
+
     manager = StreamManager(
         serve.get_deployment_handle("replica", "tokenflow"), failover_timeout_s=60
     )
@@ -237,8 +241,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2000, help="or as many as fit")
     parser.add_argument("--json")
     args = parser.parse_args()
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before anything imports Ray
     report: dict[str, Any] = {
         "cpus": os.cpu_count(),
         "python": platform.python_version(),

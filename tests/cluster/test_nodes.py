@@ -22,7 +22,7 @@ BEGINNING = "you will be surprised to hear from me so soon, but the news cannot 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[TwoNodes]:
-    with two_nodes(engine__kv_tokens=8 * 256, engine__max_num_seqs=32) as server:
+    with two_nodes(engine__kv_tokens=16 * 256, engine__max_num_seqs=32) as server:
         yield server
 
 
@@ -36,6 +36,12 @@ class Reader:
         self._model, self._tokens, self._rate = server.model, tokens, rate
         self._started = asyncio.Semaphore(0)
         self._salts = 0
+
+    async def __aenter__(self) -> Reader:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
 
     async def read(self, letter: int) -> str:
         self._salts += 1
@@ -92,53 +98,54 @@ def until(condition, timeout_s: float = 60) -> None:
 
 async def test_each_node_has_a_store_and_its_replica_uses_it(nodes):
     assert sorted(nodes.actors("KVStoreActor")) == sorted(nodes.node_ids) == sorted(replicas(nodes))
-    reader = Reader(nodes, 100, 30)
-    await asyncio.gather(*await reader.under_way(6, 6))
-    for node in nodes.node_ids:
-        assert nodes.metric("tokenflow_store_slots", node=node, state="cached") > 0
+    async with Reader(nodes, 100, 30) as reader:
+        await asyncio.gather(*await reader.under_way(6, 6))
+        for node in nodes.node_ids:
+            assert nodes.metric("tokenflow_store_slots", node=node, state="cached") > 0
 
 
 async def test_kv_follows_a_stream_to_another_node(nodes):
-    reader = Reader(nodes, 200, 30)
-    alone = [await reader.read(i) for i in range(3)]
-    fetched = nodes.metric("tokenflow_kv_fetched_blocks_total")
-    hits = nodes.by_replica("tokenflow_prefix_host_hit_tokens_total")
-    running = await reader.under_way(6, 6)
-    victim, survivor = replicas(nodes).items()
-    os.kill(victim[1], signal.SIGKILL)
-    assert await asyncio.gather(*running) == alone * 2
-    assert nodes.metric("tokenflow_failovers_total") > 0
-    assert nodes.metric("tokenflow_kv_fetched_blocks_total") > fetched
-    # What the survivor loaded was written on the other node: nobody else has these salts.
-    after = nodes.by_replica("tokenflow_prefix_host_hit_tokens_total")
-    assert any(after[name] > hits[name] for name in after if name in hits)
-    assert nodes.metric("tokenflow_corrupt_blocks_total") == 0
-    until(lambda: len(replicas(nodes)) == 2)
-    assert survivor[0] in replicas(nodes)
-    nodes.wait_idle()
+    async with Reader(nodes, 200, 30) as reader:
+        alone = [await reader.read(i) for i in range(3)]
+        fetched = nodes.metric("tokenflow_kv_fetched_blocks_total")
+        hits = nodes.by_replica("tokenflow_prefix_host_hit_tokens_total")
+        running = await reader.under_way(6, 6)
+        victim, survivor = replicas(nodes).items()
+        os.kill(victim[1], signal.SIGKILL)
+        assert await asyncio.gather(*running) == alone * 2
+        assert nodes.metric("tokenflow_failovers_total") > 0
+        assert nodes.metric("tokenflow_kv_fetched_blocks_total") > fetched
+        # What the survivor loaded was written on the other node: nobody else has these salts.
+        after = nodes.by_replica("tokenflow_prefix_host_hit_tokens_total")
+        assert any(after[name] > hits[name] for name in after if name in hits)
+        assert nodes.metric("tokenflow_corrupt_blocks_total") == 0
+        until(lambda: len(replicas(nodes)) == 2)
+        assert survivor[0] in replicas(nodes)
+        nodes.wait_idle()
 
 
 async def test_streams_leave_a_replica_that_is_out_of_capacity(nodes):
-    reader = Reader(nodes, 300, 20)
-    alone = [await reader.read(i) for i in range(3)]
-    # One replica is away for some seconds and comes back idle, while the other has all streams.
-    os.kill(next(iter(replicas(nodes).values())), signal.SIGKILL)
-    running = await reader.under_way(24, 4)
-    assert await asyncio.gather(*running) == alone * 8
-    assert nodes.metric("tokenflow_moves_total") > 0
-    until(lambda: len(replicas(nodes)) == 2)
-    assert all(n > 0 for n in nodes.by_replica("tokenflow_generated_tokens_total").values())
-    nodes.wait_idle()
+    async with Reader(nodes, 400, 20) as reader:
+        alone = [await reader.read(i) for i in range(3)]
+        # One replica is away for some seconds and comes back idle, while the other has all streams.
+        os.kill(next(iter(replicas(nodes).values())), signal.SIGKILL)
+        running = await reader.under_way(36, 4)
+        assert await asyncio.gather(*running) == alone * 12
+        assert nodes.metric("tokenflow_moves_total") > 0
+        assert nodes.metric("tokenflow_kv_fetch_failures_total") == 0
+        until(lambda: len(replicas(nodes)) == 2)
+        assert all(n > 0 for n in nodes.by_replica("tokenflow_generated_tokens_total").values())
+        nodes.wait_idle()
 
 
 async def test_a_lost_node_costs_no_stream(nodes):
-    reader = Reader(nodes, 200, 30)
-    alone = [await reader.read(i) for i in range(3)]
-    front = set(nodes.actors("ServeReplica:tokenflow:ingress"))
-    lost = next(node for node in nodes.node_ids if node not in front)
-    running = await reader.under_way(8, 6)
-    failovers = nodes.metric("tokenflow_failovers_total")
-    nodes.kill_node(lost)
-    assert await asyncio.gather(*running) == (alone * 3)[:8]
-    assert nodes.metric("tokenflow_failovers_total") > failovers
-    nodes.wait_idle()
+    async with Reader(nodes, 200, 30) as reader:
+        alone = [await reader.read(i) for i in range(3)]
+        front = set(nodes.actors("ServeReplica:tokenflow:ingress"))
+        lost = next(node for node in nodes.node_ids if node not in front)
+        running = await reader.under_way(8, 6)
+        failovers = nodes.metric("tokenflow_failovers_total")
+        nodes.kill_node(lost)
+        assert await asyncio.gather(*running) == (alone * 3)[:8]
+        assert nodes.metric("tokenflow_failovers_total") > failovers
+        nodes.wait_idle()
