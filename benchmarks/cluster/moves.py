@@ -265,7 +265,9 @@ def main() -> None:
             **({"model.path": args.model} if args.model else {}),
         },
     )
-    with LocalCluster(config, nodes=2) as cluster:
+    # The handle that is used here must outlive the event loop it is used in.
+    env = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}
+    with LocalCluster(config, nodes=2, env=env) as cluster:
         cluster.serve()
         assert cluster.nodes is not None
         # The smaller size only: the larger would not fit into these nodes' object stores.
