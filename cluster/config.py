@@ -77,6 +77,12 @@ class IngressConfig(_Section):
         description="Longest time a token waits to share a message with the next ones; only for "
         "readers whose buffer is comfortable.",
     )
+    rebalance_interval_s: float = Field(
+        default=1.0,
+        ge=0,
+        description="How often streams are looked for that should move from a replica that is out "
+        "of capacity to one that is not; 0 = never.",
+    )
     failover_timeout_s: float = Field(
         default=60, gt=0, description="How long a stream waits for a replica after losing its own."
     )

@@ -48,6 +48,7 @@ from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, change_from, response_from
 from tokenflow.cluster.rpc.probes import Probes
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
+from tokenflow.cluster.stream_mover import StreamMover
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.errors import EngineDeadError
 from tokenflow.replicas.output import TokenEvent
@@ -93,6 +94,7 @@ class Ingress(Probes):
         )
         self._reconnections = Reconnections(self._streams, config.ingress.reconnect_grace_s)
         self._control = StreamControl(self._streams)
+        self._mover = StreamMover(self._streams, config.ingress.rebalance_interval_s)
         self._info: dict[str, Any] | None = None
 
     # -- HTTP -----------------------------------------------------------------------------------
@@ -361,6 +363,7 @@ class Ingress(Probes):
 
     async def _start(self, call: Call) -> Generation:
         """Tokenize and open the streams. Raises what the client must be told."""
+        self._mover.start()
         info = await self._model_info()
         prompts = await self._encoder.encode(call, vocab_size=info["vocab_size"])
 

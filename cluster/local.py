@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from tokenflow.cluster.config import ClusterConfig
+from tokenflow.cluster.local_nodes import LocalNodes
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
@@ -113,8 +114,14 @@ class LocalCluster:
     replaced.
     """
 
-    def __init__(self, config: ClusterConfig, *, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, env: dict[str, str] | None = None, nodes: int = 0
+    ) -> None:
+        """With `nodes`, an own Ray of so many nodes (`LocalNodes`), whatever runs on this machine;
+        replicas that reserve a CPU each are then placed one to a node."""
         self.config = config
+        self.nodes: LocalNodes | None = None
+        self._wanted_nodes = nodes
         self._env = env or {}
         self._own_ray = False
         self._connected = False
@@ -154,7 +161,7 @@ class LocalCluster:
         self.prepare()
         import ray
         from ray import serve
-        from ray.serve.config import HTTPOptions, gRPCOptions
+        from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
         from tokenflow.cluster.app import GRPC_SERVICERS
 
@@ -174,6 +181,8 @@ class LocalCluster:
                 host=self.config.ingress.host,
                 port=self.config.ingress.port,
                 request_timeout_s=None,
+                # Several nodes on one machine cannot all have the port.
+                location=ProxyLocation.HeadOnly if self._own_ray else ProxyLocation.EveryNode,
             ),
             grpc_options=gRPCOptions(
                 port=self.config.ingress.grpc_port, grpc_servicer_functions=GRPC_SERVICERS
@@ -189,6 +198,10 @@ class LocalCluster:
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self._wanted_nodes:
+            self.nodes = LocalNodes(self._wanted_nodes)
+            ray.init(address=self.nodes.address, **options)
+            return True
         wanted = os.environ.get("RAY_ADDRESS")
         if wanted != "local":
             try:
@@ -333,6 +346,9 @@ class LocalCluster:
                 shutdown_stores()
             if self._connected:
                 ray.shutdown()
+            if self.nodes is not None:
+                self.nodes.stop()
+                self.nodes = None
         self._serving = self._deployed = self._own_ray = self._connected = False
         while self._set_keys:
             os.environ.pop(self._set_keys.pop(), None)

@@ -77,6 +77,18 @@ _GAUGES = {
 }
 
 
+_FETCH_COUNTERS = {
+    "fetches": ("tokenflow_kv_fetches", "Requests whose KV was asked for on another node."),
+    "fetched_blocks": ("tokenflow_kv_fetched_blocks", "KV blocks fetched from other nodes."),
+    "fetch_seconds": ("tokenflow_kv_fetch_seconds", "Seconds requests waited for such blocks."),
+    "fetch_failures": ("tokenflow_kv_fetch_failures", "Fetches that ended early."),
+    "recomputed_instead": (
+        "tokenflow_kv_fetches_declined",
+        "Requests from another node whose KV is computed again because that is faster.",
+    ),
+}
+
+
 class _Snapshot:
     """A collector over one reading of all replicas."""
 
@@ -122,6 +134,15 @@ class _Snapshot:
         yield calls
         yield lost
 
+    def _fetches(self) -> Iterator[Metric]:
+        """KV that came from other nodes."""
+        for key, (name, text) in _FETCH_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["replica"])
+            for stats in self._replicas:
+                if (fetch := stats.get("fetch")) is not None:
+                    counter.add_metric([stats["replica_id"]], fetch[key])
+            yield counter
+
     def collect(self) -> Iterator[Metric]:
         for key, (name, text) in _COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=["replica"])
@@ -160,6 +181,7 @@ class _Snapshot:
                 gauge.add_metric([stats["replica_id"]], stats[key])
             yield gauge
         yield from self._stores()
+        yield from self._fetches()
         streams = GaugeMetricFamily(
             "tokenflow_ingress_streams", "Streams this ingress serves.", labels=["ingress"]
         )

@@ -15,9 +15,10 @@ import ray
 from ray import serve
 
 from tokenflow.cluster.config import ClusterConfig, parse_config
+from tokenflow.cluster.kv_fetch import FetchStats, KVFetcher
 from tokenflow.cluster.outbox import Outboxes
 from tokenflow.cluster.wire import Frame, Holding, Submission
-from tokenflow.kvstore.actor import RayStoreControl, store_for_this_node
+from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
 from tokenflow.kvstore.node import StoreConfig
 from tokenflow.kvstore.segment import SHM_DIRECTORY, Segment
@@ -66,6 +67,7 @@ class Replica:
         num_blocks = plan_blocks(
             spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
         )
+        self._store: Any = None
         self._host, self._segment, memory = self._attach_store(config, spec, sharers)
         engine = build_engine(
             config.model.directory,
@@ -85,6 +87,15 @@ class Replica:
             heartbeat_s=config.ingress.replica_silence_s / _HEARTBEATS,
             healthy=lambda: self._engine.step_age_s < _STUCK_S,
         )
+        self._fetcher: KVFetcher | None = None
+        if self._store is not None and config.engine.offload:
+            self._fetcher = KVFetcher(
+                RayStoreFetch(self._store),
+                self._host,
+                self._engine.cost,
+                block_size=config.engine.block_size,
+                others=lambda: self._engine.stats.now_running,
+            )
         self._engine.start()
 
     def _attach_store(
@@ -109,6 +120,7 @@ class Replica:
             # Nobody asked for host memory and there is none: preemption recomputes instead.
             logger.warning("serving without host KV: %s", error)
             return NullHostSlots(), None, None
+        self._store = store
         segment = Segment.attach(control.info.path, slot_bytes=slot_bytes)
         slots = HostSlots(control, segment.tables(), control.info.owner_quota)
         return slots, segment, segment.tensor()
@@ -135,21 +147,30 @@ class Replica:
         """
         if target is not None:
             self._check_target(target)
-        self._engine.submit(
-            Request(
-                request_id=submission.request_id,
-                prompt_ids=submission.prompt_ids,
-                params=submission.params,
-                token_rate=submission.token_rate,
-                resumed_ids=submission.resumed_ids,
-                consumed=submission.consumed,
-                paused=submission.paused,
-                cache_salt=submission.cache_salt,
-                arrival_s=time.monotonic() - submission.waited_s,
-            )
+        request = Request(
+            request_id=submission.request_id,
+            prompt_ids=submission.prompt_ids,
+            params=submission.params,
+            token_rate=submission.token_rate,
+            resumed_ids=submission.resumed_ids,
+            consumed=submission.consumed,
+            paused=submission.paused,
+            cache_salt=submission.cache_salt,
+            arrival_s=time.monotonic() - submission.waited_s,
         )
+        await self._fetch_kv(request, submission.kv_source)
+        self._engine.submit(request)
         self._outboxes.take(submission)
         return self._replica_id
+
+    async def _fetch_kv(self, request: Request, source: str | None) -> None:
+        """Bring the KV that a request has on another node to this one, if that is worth it."""
+        if self._fetcher is None or source is None or source == self._node_id:
+            return
+        # The last token is run in any case, so a block that it ends is not loaded.
+        known = len(request.prompt_ids) + len(request.resumed_ids)
+        blocks = (known - 1) // self._config.engine.block_size
+        await self._fetcher.bring(self._engine.keys(request)[:blocks], source)
 
     async def cancel(self, request_ids: list[str], *, target: str) -> None:
         """End requests early; ids that are not here are ignored."""
@@ -210,6 +231,8 @@ class Replica:
             "node_id": self._node_id,
             "pid": os.getpid(),
             "store": store,
+            "overload": self._engine.overload,
+            "fetch": (self._fetcher.stats if self._fetcher else FetchStats()).to_dict(),
             **self._engine.stats.to_dict(),
         }
 

@@ -6,7 +6,7 @@ Serve pickles the router class by value, so state lives in this module, imported
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tokenflow.cluster.routing import Load, counted_rate, rank
 
@@ -17,14 +17,16 @@ class ReplicaRegistry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._replicas: tuple[str, ...] = ()
+        self._nodes: dict[str, str] = {}
         self._loads: dict[str, Load] = {}
         self._assigned: dict[str, tuple[str, float]] = {}
         self._avoided: set[str] = set()
 
-    def update(self, replica_ids: Iterable[str]) -> None:
-        """Serve's present set of running replicas."""
+    def update(self, nodes: Mapping[str, str]) -> None:
+        """Serve's present set of running replicas, and the node of each."""
         with self._lock:
-            self._replicas = tuple(sorted(replica_ids))
+            self._replicas = tuple(sorted(nodes))
+            self._nodes.update(nodes)
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -46,6 +48,10 @@ class ReplicaRegistry:
         """The replica a request is counted on."""
         assigned = self._assigned.get(request_id)
         return assigned[0] if assigned else None
+
+    def node_of(self, replica: str) -> str:
+        """The node that a replica runs, or ran, on; empty if unknown."""
+        return self._nodes.get(replica, "")
 
     def assign(self, request_id: str, rate: float, candidates: Iterable[str]) -> list[str]:
         """Rank the candidates for a request and count it on the best one from now on. `rate` in

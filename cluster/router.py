@@ -22,7 +22,7 @@ class BurstRouter(RequestRouter):
         from tokenflow.cluster.replica_registry import REGISTRY
 
         super().update_replicas(replicas)
-        REGISTRY.update(r.replica_id.unique_id for r in replicas)
+        REGISTRY.update({r.replica_id.unique_id: r.node_id or "" for r in replicas})
 
     async def choose_replicas(
         self,
@@ -43,12 +43,14 @@ class BurstRouter(RequestRouter):
         kwargs: dict[str, Any] = pending.kwargs if pending is not None else {}
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
         target = kwargs.get("target")
-        if target is not None:
-            # A replica that is gone: any other one answers "not me" at once, nothing waits.
-            return [[by_id[target]]] if target in by_id else [[r] for r in candidates]
         route = kwargs.get("route")
+        if target is not None and target not in by_id:
+            # A replica that is gone: any other one answers "not me" at once, nothing waits.
+            target = None
+        elif target is not None and route is None:
+            return [[by_id[target]]]
         if route is None:
             return [[replica] for replica in candidates]
         request_id, rate = route
-        order = REGISTRY.assign(request_id, rate, by_id)
+        order = REGISTRY.assign(request_id, rate, by_id if target is None else [target])
         return [[by_id[replica_id]] for replica_id in order]

@@ -71,6 +71,8 @@ class Stream:
         self.attempt_id = ""
         """The request id on the replica; new for each attempt."""
         self.replica_id: str | None = None
+        self.kv_source: str | None = None
+        """The node of the replica that it was on before."""
         self.remade = False
         """Whether it is made anew, since what had been made is lost."""
         self._manager = manager

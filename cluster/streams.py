@@ -97,6 +97,10 @@ class StreamManager:
         """Live streams of a client's request."""
         return [s for s in self._open.values() if s.request_id == request_id]
 
+    def by_attempt(self, attempt_id: str) -> Stream | None:
+        """The live stream that a replica knows under this id."""
+        return self._streams.get(attempt_id)
+
     def on_replica(self, replica_id: str) -> list[Stream]:
         """Live streams that a replica serves."""
         return [s for s in self._open.values() if s.replica_id == replica_id]
@@ -249,6 +253,7 @@ class StreamManager:
             past=tuple(tuple(event) for event in stream.history),
             consumed=stream.consumed(),
             paused=stream.stands_still,
+            kv_source=stream.kv_source,
         )
 
     async def _place(self, stream: Stream) -> None:
@@ -316,6 +321,7 @@ class StreamManager:
     async def _relocate(self, stream: Stream, target: str | None) -> bool:
         assert stream.replica_id is not None
         move = _Move(stream, stream.attempt_id, stream.replica_id)
+        stream.kv_source = REGISTRY.node_of(stream.replica_id) or None
         self._moves[move.attempt_id] = move
         deadline = time.monotonic() + self._failover_timeout_s
         submission = self._submission(stream)
@@ -475,6 +481,7 @@ class StreamManager:
         """Its replica is lost: resubmit it."""
         self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
+        stream.kv_source = REGISTRY.node_of(stream.replica_id or "") or None
         stream.replica_id = None
         if stream.finish_reason is None:
             self.failovers += 1

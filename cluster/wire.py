@@ -44,6 +44,8 @@ class Submission:
     consumed: int | None = None
     """How many of `resumed_ids` the reader has consumed; None = all."""
     paused: bool = False
+    kv_source: str | None = None
+    """The node whose store has KV of this text, if another replica has served it before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ keep the memory of a dead engine.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +23,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tokenflow.kvstore.control import StoreUnavailableError
+from tokenflow.kvstore.block_fetch import Fetched
+from tokenflow.kvstore.control import StoreHungError, StoreUnavailableError
+from tokenflow.kvstore.exchange import Exchange, ExchangeStats
 from tokenflow.kvstore.node import NodeStore, StoreConfig, StoreInfo
+from tokenflow.kvstore.peer import Endpoint
 from tokenflow.kvstore.segment import reap_orphans
 from tokenflow.replicas.errors import KVStoreError
 
@@ -30,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "tokenflow"
 ACTOR_PREFIX = "tokenflow-kv:"
+HUNG_AFTER_S = 10.0
+"""A store that does not answer a call for so long hangs: the slowest takes milliseconds."""
+_REGISTER_TIMEOUT_S = 600.0  # the first one allocates the segment, 0.25 s per GiB
+_FETCH_GROUP = "fetch"
+_FETCHES_AT_ONCE = 4
+_LOOK_UP_TIMEOUT_S = 2.0
 
 
 class KVStoreActor:
@@ -49,6 +60,10 @@ class KVStoreActor:
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="kv-keeper", daemon=True)
         self._keeper.start()
+        self._exchange_lock = threading.Lock()
+        self._exchange: Exchange | None = None
+        self._peers: dict[str, Endpoint] = {}
+        """Where the stores of other nodes were when they were last asked."""
 
     def register(self, owner_id: str, pid: int) -> StoreInfo:
         """See `NodeStore.register`; the first call allocates the segment (0.25 s per GiB)."""
@@ -75,10 +90,73 @@ class KVStoreActor:
         """None while no replica has registered."""
         return None if self._store is None else self._store.info()
 
+    # -- other nodes ----------------------------------------------------------------------------
+
+    def endpoint(self) -> Endpoint:
+        """What another node's store needs to fetch from this one; opens the door at the first
+        call. Raises KVStoreError while no replica has registered."""
+        return self._door().endpoint
+
+    def fetch(
+        self, fetch_id: str, keys: Sequence[bytes], source_node: str, timeout_s: float
+    ) -> Fetched:
+        """Bring the blocks of a chain of keys here from the store of another node.
+
+        Blocks, for `timeout_s` at most: to be called in the group `_FETCH_GROUP`, which has
+        threads of its own, so that leases do not wait. Partial success is success (`Fetched`).
+        Raises KVStoreError when a store is missing at either end, or cannot be asked.
+        """
+        deadline = time.monotonic() + timeout_s
+        door = self._door()
+        known = self._peers.get(source_node)
+        for source in (known, None):
+            if source is None:
+                source = self._peers[source_node] = _endpoint_of(
+                    source_node, min(timeout_s, _LOOK_UP_TIMEOUT_S)
+                )
+            left = max(0.01, deadline - time.monotonic())
+            result = door.fetch(fetch_id, keys, source, left)
+            if result.error is None or result.blocks or source is not known:
+                break
+            # Perhaps that store was restarted, and listens elsewhere now.
+        if result.error is not None:
+            self._peers.pop(source_node, None)
+            logger.warning(
+                "KV store: fetched %d blocks of %s, then: %s",
+                result.blocks,
+                source_node,
+                result.error,
+            )
+        return result
+
+    def cancel_fetch(self, fetch_id: str) -> None:
+        """End a fetch; what it brought so far stays."""
+        if self._exchange is not None:
+            self._exchange.cancel(fetch_id)
+
+    def exchange_stats(self) -> ExchangeStats:
+        return ExchangeStats() if self._exchange is None else self._exchange.stats()
+
+    def _door(self) -> Exchange:
+        with self._exchange_lock:
+            if self._exchange is None:
+                host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+                try:
+                    self._exchange = Exchange(self._of_epoch(None), host)
+                except OSError as error:
+                    raise KVStoreError(
+                        f"the KV store cannot listen on {host}: {error.strerror}; blocks cannot "
+                        "be moved between this node and others"
+                    ) from error
+            return self._exchange
+
     def close(self) -> None:
         """Unlink the segment and stop; the actor is of no use afterwards."""
         self._stopping.set()
         self._keeper.join()
+        with self._exchange_lock:
+            if self._exchange is not None:
+                self._exchange.close()
         if self._store is not None:
             self._store.close()
 
@@ -105,6 +183,49 @@ class KVStoreActor:
                     reap_orphans(self._config.directory)
             except Exception:  # one failed round must not end the rounds after it
                 logger.exception("KV store: cannot keep its tables")
+
+
+def _endpoint_of(node_id: str, timeout_s: float) -> Endpoint:
+    """Ask the store of another node where it lends its blocks. Raises KVStoreError."""
+    try:
+        handle: Any = ray.get_actor(f"{ACTOR_PREFIX}{node_id}", namespace=NAMESPACE)
+        endpoint: Endpoint = ray.get(handle.endpoint.remote(), timeout=timeout_s)
+        return endpoint
+    except ValueError:
+        raise KVStoreError(f"node {node_id} has no KV store (any more)") from None
+    except ray.exceptions.RayError as error:
+        raise KVStoreError(
+            f"the KV store of node {node_id} does not answer: {type(error).__name__}"
+        ) from error
+
+
+class RayStoreFetch:
+    """A replica's way to have its store fetch blocks; nothing here blocks an event loop."""
+
+    def __init__(self, handle: ActorHandle[Any]) -> None:
+        self._handle = handle
+
+    async def fetch(self, keys: Sequence[bytes], source_node: str, timeout_s: float) -> Fetched:
+        """See `KVStoreActor.fetch`. Raises KVStoreError, or TimeoutError after `timeout_s`; then,
+        and when it is cancelled, what has come stays and the rest is not waited for."""
+        fetch_id = uuid.uuid4().hex
+        call: Any = self._handle.fetch.options(concurrency_group=_FETCH_GROUP)
+        reference = call.remote(fetch_id, list(keys), source_node, timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                result: Fetched = await reference
+                return result
+        except (asyncio.CancelledError, TimeoutError):
+            self._handle.cancel_fetch.remote(fetch_id)
+            raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, KVStoreError):
+                raise error.cause from None
+            raise KVStoreError(f"the KV store failed in fetch: {error.cause!r}") from error
+        except ray.exceptions.RayError as error:
+            raise KVStoreError(
+                f"the KV store of this node ended in a fetch: {type(error).__name__}"
+            ) from error
 
 
 class RayStoreControl:
@@ -143,10 +264,15 @@ class RayStoreControl:
         self._call("unregister", self._owner_id, self.info.epoch)
 
     def _call(self, method: str, *args: object) -> Any:
-        # No timeout: only the background thread waits here, and a call given up on could still
-        # be carried out, after the one that follows it. A dead actor ends the wait with an error.
+        # A call given up on may still be carried out, but before the one that follows it: Ray
+        # keeps the order of one caller's calls, and `reattach` is the next.
+        timeout_s = _REGISTER_TIMEOUT_S if method == "register" else HUNG_AFTER_S
         try:
-            return ray.get(getattr(self._handle, method).remote(*args))
+            return ray.get(getattr(self._handle, method).remote(*args), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise StoreHungError(
+                f"the KV store has not answered {method} for {timeout_s:g} s; it is taken to hang"
+            ) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, KVStoreError):
                 raise error.cause from None
@@ -171,7 +297,9 @@ def store_for_this_node(config: StoreConfig) -> ActorHandle[Any]:
     that makes it. The actor is detached: it outlives its callers, until `shutdown_stores`.
     """
     node_id = ray.get_runtime_context().get_node_id()
-    actor: Any = ray.remote(KVStoreActor)
+    # Fetches have threads of their own; everything else keeps the order of its calls.
+    options: dict[str, Any] = {"concurrency_groups": {_FETCH_GROUP: _FETCHES_AT_ONCE}}
+    actor: Any = ray.remote(**options)(KVStoreActor)
     # Part of the node id is enough to keep the files of two nodes on one machine apart.
     handle: ActorHandle[Any] = actor.options(
         name=f"{ACTOR_PREFIX}{node_id}",

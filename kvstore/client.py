@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tokenflow.kvstore.control import StoreControl, StoreUnavailableError
+from tokenflow.kvstore import process
+from tokenflow.kvstore.control import StoreControl, StoreHungError, StoreUnavailableError
 from tokenflow.kvstore.holds import Holds
 from tokenflow.kvstore.tables import Tables
 from tokenflow.replicas.errors import KVStoreError
@@ -339,18 +340,29 @@ class HostSlots:
         Raises the last error when it stays away too long.
         """
         logger.warning("KV store is away, waiting for it: %s", error)
+        self._end_if_hung(error)
         pause = _FIRST_PAUSE_S
         deadline = time.monotonic() + self._retry_for_s
         while not self._closing.wait(pause):
             try:
                 self._reattach()
-            except StoreUnavailableError:
+            except StoreUnavailableError as again:
+                self._end_if_hung(again)
                 if time.monotonic() > deadline:
                     raise
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             else:
                 logger.warning("KV store is back")
                 return
+
+    def _end_if_hung(self, error: StoreUnavailableError) -> None:
+        """Kill a store that lives and does not answer: whoever watches over it starts another,
+        which goes on with these tables. One that has followed it already is left alone."""
+        if not isinstance(error, StoreHungError) or self._incarnation != self._tables.incarnation:
+            return
+        pid, started = int(self._tables.store[0]), int(self._tables.store[1])
+        if process.kill(pid, started):
+            logger.error("KV store: process %d hung and was killed", pid)
 
     def _reattach(self) -> None:
         incarnation = self._tables.incarnation

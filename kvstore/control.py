@@ -17,6 +17,10 @@ class StoreUnavailableError(KVStoreError):
     """The store did not answer and may come back; whether it did what was asked is not known."""
 
 
+class StoreHungError(StoreUnavailableError):
+    """The store lives and does not answer: somebody has to end it, so that it is replaced."""
+
+
 class StoreControl(Protocol):
     """Calls of one registered owner. They may block.
 

@@ -359,6 +359,12 @@ class NodeStore:
                 },
             )
 
+    def memory(self) -> memoryview:
+        """The data area of the segment; see `Segment.memory`. KVStoreError if there is none."""
+        if self._segment is None:
+            raise KVStoreError("a KV store in plain memory has no data to move")
+        return self._segment.memory()
+
     def close(self) -> None:
         """Unlink the segment; replicas that map it keep their memory, but no new lease is given."""
         with self._lock:

@@ -6,6 +6,8 @@ for one boot of one machine. Reads Linux's /proc only; both processes must share
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 _STATE, _NUM_THREADS, _START_TIME = 0, 17, 19  # fields 3, 20, 22 of stat(5), counted from field 3
@@ -31,3 +33,24 @@ def start_ticks(pid: int) -> int | None:
 def is_alive(pid: int, started: int) -> bool:
     """True unless the process `pid` that began at tick `started` is known to be gone."""
     return start_ticks(pid) == started
+
+
+def kill(pid: int, started: int) -> bool:
+    """SIGKILL the process `pid` that began at tick `started`, and no other; False if it is gone, is
+    this one, or belongs to another user. A stopped process dies of it too."""
+    if pid == os.getpid():
+        return False
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        # The descriptor names one process, whatever becomes of the pid.
+        if not is_alive(pid, started):
+            return False
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(process)

@@ -212,6 +212,10 @@ class Segment:
         )
         return flat.view(header.num_slots, header.slot_bytes)
 
+    def memory(self) -> memoryview:
+        """The data area, all slots one after the other, u8; like a tensor it outlives `close`."""
+        return memoryview(self._open_mapping())[self.header.data_offset :]
+
     def close(self) -> None:
         """Drop this object's mapping and its lock; both live on while a tensor or table does."""
         if self._mapping is None:

@@ -19,6 +19,7 @@ from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
 from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.overload import OverloadReport, take_report
 from tokenflow.replicas.request import FinishReason, ReaderChange, Request, Sequence, State
 from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
 from tokenflow.replicas.scheduler.cost import CostModel
@@ -79,6 +80,8 @@ class Engine:
         self.lengths = OutputLengths()
         self.stats = EngineStats()
         self.tracker = Tracker()
+        self.overload = OverloadReport()
+        """Taken now and then; another thread may read it."""
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
         self._clock = clock
@@ -102,6 +105,7 @@ class Engine:
         self._elastic: dict[str, Sequence] = {}
         self._next_pacing_s = -math.inf
         self._next_assessment_s = -math.inf
+        self._next_report_s = -math.inf
         self._events: list[TokenEvent] = []
         self.refresh_stats()
 
@@ -138,12 +142,14 @@ class Engine:
                 f"This replica already holds {len(self._sequences)} requests; try again later."
             )
 
-    def prompt_keys(self, request: Request) -> list[bytes]:
-        """What `add` can be spared computing; safe from any thread."""
-        return self.kv.prompt_keys(request.prompt_ids, request.cache_salt)
+    def known_keys(self, request: Request) -> list[bytes]:
+        """Keys of all blocks that its prompt and resumed tokens fill, which `add` is then spared
+        computing; safe from any thread."""
+        tokens = (*request.prompt_ids, *request.resumed_ids)
+        return self.kv.keys_of(tokens, request.cache_salt)
 
     def add(self, request: Request, keys: list[bytes] | None = None) -> None:
-        """Queue a checked request; `keys` as by `prompt_keys`. Raises InvalidRequestError when its
+        """Queue a checked request; `keys` as by `known_keys`. Raises InvalidRequestError when its
         id is already in use."""
         if request.request_id in self._sequences:
             raise InvalidRequestError(
@@ -301,6 +307,18 @@ class Engine:
         stats.now_rate = float(tracker.rate[~tracker.paused].sum())
         if not len(tracker):
             stats.now_parked, stats.now_overloaded = 0, False
+        now = self._clock()
+        if now >= self._next_report_s or (not len(tracker) and self.overload.rate > 0):
+            self._next_report_s = now + _PACING_INTERVAL_S
+            self.overload = take_report(
+                tracker,
+                self.cost,
+                kv_tokens=pool.num_blocks * self._block_size,
+                max_num_seqs=self.config.max_num_seqs,
+                expected=self._expected_lengths(),
+                last=self.overload,
+                now=now,
+            )
         return False
 
     def _expected_lengths(self) -> IntArray | FloatArray:

@@ -103,8 +103,8 @@ class KVCache:
     def free_rows(self) -> list[int]:
         return self._free_rows
 
-    def prompt_keys(self, tokens: tuple[int, ...], salt: str | None) -> list[bytes]:
-        """The keys of a prompt's blocks; any thread may compute them ahead."""
+    def keys_of(self, tokens: tuple[int, ...], salt: str | None) -> list[bytes]:
+        """The keys of a text's full blocks; any thread may compute them ahead."""
         keys: list[bytes] = []
         if self._config.prefix_cache:
             blocks = len(tokens) // self.block_size
@@ -114,7 +114,7 @@ class KVCache:
     # -- waiting --------------------------------------------------------------------------------
 
     def add(self, seq: Sequence, keys: list[bytes] | None = None) -> None:
-        """A new sequence; `keys` as by `prompt_keys`."""
+        """A new sequence; `keys` as by `keys_of`."""
         seq.root = salted(self._root, seq.request.cache_salt)
         if keys is not None:
             seq.keys = keys

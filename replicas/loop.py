@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from tokenflow.replicas.engine import Engine, check_rate
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
 from tokenflow.replicas.output import TokenEvent
+from tokenflow.replicas.overload import OverloadReport
 from tokenflow.replicas.request import ReaderChange, Request
+from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.stats import EngineStats
 
 logger = logging.getLogger("tokenflow.engine")
@@ -71,12 +73,16 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
+    def keys(self, request: Request) -> list[bytes]:
+        """Keys of all blocks that its known tokens fill (`Engine.known_keys`)."""
+        return self._engine.known_keys(request)
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError or CapacityError at once when it cannot be
         served, EngineDeadError when the loop has stopped."""
         self.raise_if_dead()
         self._engine.check(request)
-        self._inbox.put(_Add(request, self._engine.prompt_keys(request)))
+        self._inbox.put(_Add(request, self.keys(request)))
 
     def cancel(self, request_id: str) -> None:
         """End a request early; unknown ids are ignored (it may have just finished)."""
@@ -111,6 +117,16 @@ class EngineLoop:
         """Seconds since the present step began; 0 between steps."""
         since = self._step_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def overload(self) -> OverloadReport:
+        """The latest report for who moves requests between replicas."""
+        return self._engine.overload
+
+    @property
+    def cost(self) -> CostModel:
+        """What the engine has learned; only to be read."""
+        return self._engine.cost
 
     def _main(self) -> None:
         try:

@@ -112,6 +112,26 @@ class CostModel:
         return sequences / seconds if seconds > 0 else math.inf
 
 
+class LinkCost:
+    """What fetching blocks from one other node costs, learned from the fetches themselves."""
+
+    __slots__ = ("_block", "_overhead")
+
+    def __init__(self) -> None:
+        self._overhead = _Mean()
+        self._block = _Mean()
+
+    def observe(self, blocks: int, transfer_s: float, total_s: float) -> None:
+        """A fetch of `blocks` blocks took `total_s`, of which its bytes moved for `transfer_s`."""
+        self._overhead.add(max(total_s - transfer_s, 0.0))
+        if blocks:
+            self._block.add(transfer_s / blocks, blocks)
+
+    def fetch_s(self, blocks: float) -> float:
+        """Predicted time until `blocks` blocks are here; 0 while nothing is known."""
+        return self._overhead.value + self._block.value * blocks
+
+
 def _fit(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> tuple[float, float, float]:
     """Least squares with no coefficient below 0: the worst offender is dropped until none is.
 

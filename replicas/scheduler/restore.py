@@ -12,7 +12,7 @@ each is decided for itself: load the prefix and recompute the tail is what comes
 
 from __future__ import annotations
 
-from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.cost import CostModel, LinkCost
 
 
 def copy_tail(
@@ -32,3 +32,10 @@ def load_prefix(cost: CostModel, blocks: int, tokens: int, *, load_queue: int, o
     """Whether `blocks` on the host, `tokens` tokens, should be loaded rather than computed."""
     compute_s = cost.prefill_s(tokens) * (1 + others)
     return compute_s <= 0 or cost.load_s(load_queue + blocks) <= compute_s
+
+
+def fetch_prefix(cost: CostModel, link: LinkCost, blocks: int, tokens: int, *, others: int) -> bool:
+    """Whether `blocks` in another node's store, `tokens` tokens, should be fetched and loaded
+    rather than computed."""
+    compute_s = cost.prefill_s(tokens) * (1 + others)
+    return compute_s <= 0 or link.fetch_s(blocks) + cost.load_s(blocks) <= compute_s

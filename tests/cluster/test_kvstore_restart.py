@@ -1,4 +1,5 @@
-"""A store actor that is killed: Ray restarts it, it adopts its segment, and its replica goes on."""
+"""A store actor that is killed, or hangs and is killed for it: Ray restarts it, it adopts its
+segment, and its replica goes on."""
 
 import hashlib
 import os
@@ -9,6 +10,7 @@ import uuid
 import pytest
 import ray
 
+from tokenflow.kvstore import actor as store_actor
 from tokenflow.kvstore.actor import KVStoreActor, RayStoreControl
 from tokenflow.kvstore.client import HostSlots
 from tokenflow.kvstore.node import StoreConfig
@@ -25,7 +27,9 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_a_replica_rides_over_the_death_of_its_store(server, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_rides_over_the_end_of_its_store(server, tmp_path, monkeypatch, end):
+    monkeypatch.setattr(store_actor, "HUNG_AFTER_S", 3.0)
     config = StoreConfig(total_bytes=1000 * 64, slot_bytes=64, directory=str(tmp_path))
     actor = ray.remote(KVStoreActor).options(max_restarts=-1, num_cpus=0)
     handle = actor.remote(uuid.uuid4().hex, config)
@@ -43,7 +47,7 @@ def test_a_replica_rides_over_the_death_of_its_store(server, tmp_path):
     slots, keys = share(10)
     store = int(tables.store[0])
     assert store != os.getpid()
-    os.kill(store, signal.SIGKILL)
+    os.kill(store, end)
     more = share(100)  # below the low-water mark: leases are asked for while nobody is there
     until(lambda: tables.incarnation == 2 and host.available() >= 64)
     slots, keys = slots + more[0], keys + more[1]

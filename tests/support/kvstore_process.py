@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow.kvstore.client import HostSlots
-from tokenflow.kvstore.control import StoreUnavailableError
+from tokenflow.kvstore.control import StoreHungError, StoreUnavailableError
 from tokenflow.kvstore.node import StoreConfig
 from tokenflow.kvstore.segment import Segment
 from tokenflow.replicas.errors import KVStoreError
@@ -34,6 +34,7 @@ from tokenflow.replicas.transfers import Commit
 
 SLOT_BYTES = 4096
 CHAINS, DEPTH = 40, 4
+HUNG_AFTER_S = 5.0
 
 
 def serve(directory: str, socket: str, num_slots: int) -> None:
@@ -99,6 +100,9 @@ class SocketControl:
             if self._connection is None:
                 self._connection = Client(self._socket)
             self._connection.send((method, args))
+            if not self._connection.poll(HUNG_AFTER_S):
+                self._connection = None
+                raise StoreHungError(f"no answer to {method} for {HUNG_AFTER_S:g} s")
             result = self._connection.recv()
         except (OSError, EOFError) as error:
             self._connection = None

@@ -72,7 +72,7 @@ def test_blocks_of_the_host_that_are_corrupt_are_not_counted(broken):
     engine, executor, host, _ = fake_engine(block_size=BLOCK, verify_loads="full")
     cached(engine, host)
     engine.kv.pool.clear()
-    key = engine.kv.prompt_keys(tuple(PROMPT), None)[broken]
+    key = engine.kv.keys_of(tuple(PROMPT), None)[broken]
     executor.host[host.slot_of[key]] += 1
     assert cached(engine, host) == broken * BLOCK
     assert engine.stats.corrupt_blocks == 1

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tokenflow.cluster.kv_fetch import FetchStats
 from tokenflow.cluster.metrics import render
 from tokenflow.replicas.stats import TTFT_BUCKETS_S, EngineStats
 
@@ -162,6 +163,27 @@ def test_a_store_is_counted_once_per_node():
     calls, lost = found["tokenflow_store_calls_total"], found["tokenflow_store_lost"]
     assert calls == {(("replica", "a"),): 7, (("replica", "b"),): 8, (("replica", "c"),): 9}
     assert lost == {(("replica", "a"),): 0, (("replica", "b"),): 0, (("replica", "c"),): 1}
+
+
+def test_what_came_from_other_nodes_is_counted_by_replica():
+    one, two = FetchStats(1, 2, 3.5, 4, 5), FetchStats(fetched_blocks=20)
+    found = scrape(
+        replicas=[
+            EngineStats().to_dict() | {"replica_id": name, "fetch": stats.to_dict()}
+            for name, stats in (("a", one), ("b", two))
+        ]
+    )
+    for field, name in {
+        "fetches": "fetches_total",
+        "fetched_blocks": "fetched_blocks_total",
+        "fetch_seconds": "fetch_seconds_total",
+        "fetch_failures": "fetch_failures_total",
+        "recomputed_instead": "fetches_declined_total",
+    }.items():
+        assert found[f"tokenflow_kv_{name}"] == {
+            (("replica", "a"),): getattr(one, field),
+            (("replica", "b"),): getattr(two, field),
+        }
 
 
 def test_the_ingress_counts_its_own():

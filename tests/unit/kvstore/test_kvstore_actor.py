@@ -38,7 +38,7 @@ class Handle:
 
 @pytest.fixture
 def handle(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda answer: answer())
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer())
     config = StoreConfig(total_bytes=100 * 64, slot_bytes=64, directory=str(tmp_path))
     handle = Handle(KVStoreActor("node", config))
     yield handle

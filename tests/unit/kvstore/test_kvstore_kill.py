@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -160,3 +161,15 @@ def test_a_store_killed_together_with_its_replicas_leaves_nothing_for_the_next(n
     ready(replica)
     result(replica)
     assert os.listdir(node.segments) == [os.path.basename(node.call("info").path)] != [old]
+
+
+def test_a_store_that_hangs_is_killed_and_its_replicas_go_on(node):
+    replica = node.replica(1)
+    ready(replica)
+    path = node.call("info").path
+    node.store.send_signal(signal.SIGSTOP)
+    assert node.store.wait(60) == -signal.SIGKILL, "the replica ends what does not answer"
+    node.store = node.start_store()
+    node.until(lambda info: info is not None and info.evictions > 50)
+    assert node.call("info").path == path
+    assert result(replica)["matched"] > 100
