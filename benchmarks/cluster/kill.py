@@ -109,7 +109,10 @@ class Clients:
             self.tally.arrivals.append(arrivals)
             if got != self.alone[way, kind]:
                 self.tally.different += 1
-                self.tally.problems.append(f"{way}: text of kind {kind} differs")
+                self.tally.problems.append(
+                    f"{way}: text of kind {kind} differs ({len(got)} of "
+                    f"{len(self.alone[way, kind])} long)"
+                )
 
     async def _over_http(self, kind: int, arrivals: list[float]) -> Reading:
         body = {
@@ -189,6 +192,8 @@ class Clients:
                             self.tally.repeated += max(0, len(tokens) - part.offset)
                         tokens += part.token_ids
                         if part.finish_reason:
+                            if part.finish_reason != "length":
+                                raise RuntimeError(f"ended with {part.finish_reason!r}")
                             return tokens
             except grpc.aio.AioRpcError as error:
                 begun |= error.code() == grpc.StatusCode.ALREADY_EXISTS
@@ -204,7 +209,8 @@ def _check_patience(heard: float, error: BaseException) -> None:
 class Killer:
     """Ends processes of the cluster that this process is connected to."""
 
-    def __init__(self, cluster: Any, seed: int) -> None:
+    def __init__(self, cluster: Any, seed: int, kinds: list[str]) -> None:
+        self._kinds = kinds
         self._cluster = cluster
         self._node: Any = cluster.add_node(num_cpus=8) if cluster is not None else None
         self._rng = random.Random(seed)
@@ -212,6 +218,8 @@ class Killer:
 
     @property
     def kinds(self) -> list[str]:
+        if self._kinds:
+            return self._kinds
         return [*TITLES, "proxy"] + (["node"] if self._cluster is not None else [])
 
     def pids(self, kind: str) -> list[int]:
@@ -270,7 +278,7 @@ async def measure(server: LocalCluster, cluster: Any, options: argparse.Namespac
     clients = Clients(
         server.url, server.grpc_target, server.config.model.name, options.tokens, options.rate
     )
-    killer = Killer(cluster, options.seed)
+    killer = Killer(cluster, options.seed, options.kinds)
     load = asyncio.create_task(clients.run(options.http, options.grpc))
     await clients.warm.wait()
     await asyncio.sleep(5)
@@ -323,6 +331,7 @@ def main() -> int:
     parser.add_argument("--grpc", type=int, default=6, help="streams over gRPC at once")
     parser.add_argument("--tokens", type=int, default=120, help="per stream")
     parser.add_argument("--rate", type=float, default=20, help="tokens/s of each reader")
+    parser.add_argument("--kinds", nargs="*", default=[], help="what to kill; default: everything")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
