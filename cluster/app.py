@@ -24,13 +24,17 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     """The application for a checked configuration."""
     tree = config.model_dump(mode="json")
     count = config.replicas.count
-    router: Any = BurstRouter  # Ray's annotation knows only the serialized form
+    routing: dict[str, Any] = {
+        "request_router_class": BurstRouter,
+        "request_router_kwargs": {"router": config.replicas.router},
+        "request_routing_stats_period_s": config.replicas.routing_stats_period_s,
+    }
     replica = serve.deployment(
         name="replica",
         num_replicas=count,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": config.replicas.cpus_each, "num_gpus": gpus_each},
-        request_router_config=RequestRouterConfig(request_router_class=router),
+        request_router_config=RequestRouterConfig(**routing),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.routing import ROUTERS
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
 
@@ -61,6 +62,24 @@ class ReplicasConfig(_Section):
         default=None, ge=0, description="null = 1 where the cluster has GPUs, else 0."
     )
     cpus_each: float = Field(default=0, ge=0, description="CPUs Ray reserves for a replica.")
+    router: str = Field(
+        default="burst",
+        description="How a request's replica is chosen: burst, or for comparison power-of-two "
+        "(Ray Serve's default), least-requests, round-robin, random.",
+    )
+    routing_stats_period_s: float = Field(
+        default=0.25,
+        gt=0,
+        description="How often Serve asks replicas for their load, for routers without a "
+        "subscription to them.",
+    )
+
+    @field_validator("router")
+    @classmethod
+    def _known_router(cls, name: str) -> str:
+        if name not in ROUTERS:
+            raise ValueError(f"unknown router; known are {', '.join(ROUTERS)}")
+        return name
 
 
 class IngressConfig(_Section):

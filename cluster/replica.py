@@ -15,7 +15,7 @@ import ray
 from ray import serve
 
 from tokenflow.cluster.config import ClusterConfig, parse_config
-from tokenflow.cluster.wire import Frame, Submission, pack
+from tokenflow.cluster.wire import Frame, LoadNews, Submission, pack
 from tokenflow.kvstore.actor import RayStoreControl, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
 from tokenflow.kvstore.node import StoreConfig
@@ -34,11 +34,15 @@ from tokenflow.replicas.factory import (
     plan_blocks,
     resolve_device,
 )
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.loop import EngineLoop
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import Request
 
 logger = logging.getLogger("ray.serve")
+
+_BEAT_S = 2.0
+"""An idle replica says that often that it still is."""
 
 
 class WrongReplicaError(Exception):
@@ -48,12 +52,26 @@ class WrongReplicaError(Exception):
 class _Subscriber:
     """Events for one ingress that it has not fetched yet."""
 
-    __slots__ = ("events", "ready", "requests")
+    __slots__ = ("events", "ready", "requests", "told", "unreported")
 
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
         self.ready = asyncio.Event()
         self.requests: set[str] = set()
+        self.unreported: dict[str, int] = {}
+        """Its requests that no load it was sent knew of: the how-manieth each was of all."""
+        self.told = 0
+        """The number of the load report it was sent last."""
+
+    def news(self, report: LoadReport) -> LoadNews | None:
+        """The load, when it has not been sent yet."""
+        if report.number <= self.told:
+            return None
+        self.told = report.number
+        known = tuple(r for r, nth in self.unreported.items() if nth <= report.requests)
+        for request_id in known:
+            del self.unreported[request_id]
+        return LoadNews(report, known)
 
 
 class Replica:
@@ -68,6 +86,7 @@ class Replica:
         self._loop = asyncio.get_event_loop()
         self._subscribers: dict[str, _Subscriber] = {}
         self._owner: dict[str, str] = {}
+        self._submitted = 0
         device = resolve_device(config.engine.device)
         spec = inspect_model(config.model.directory, config.engine, device)
         num_blocks = plan_blocks(
@@ -147,11 +166,11 @@ class Replica:
 
     # -- doors ----------------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
+    async def submit(self, submission: Submission, *, target: str | None = None) -> str:
         """Take a request; its events go to the frame stream of `submission.ingress_id`.
 
         Returns this replica's id. Raises InvalidRequestError, CapacityError or EngineDeadError.
-        `route` is for the router only.
+        `target` is for the router only.
         """
         self._engine.submit(
             Request(
@@ -166,6 +185,8 @@ class Replica:
         )
         subscriber = self._subscribers.setdefault(submission.ingress_id, _Subscriber())
         subscriber.requests.add(submission.request_id)
+        self._submitted += 1
+        subscriber.unreported[submission.request_id] = self._submitted
         self._owner[submission.request_id] = submission.ingress_id
         return self._replica_id
 
@@ -177,20 +198,20 @@ class Replica:
     async def frames(self, ingress_id: str, *, target: str) -> AsyncIterator[Frame]:
         """The event stream of one ingress; lives as long as the ingress.
 
-        The first frame is empty: the subscription stands. When the ingress goes, its requests are
-        cancelled. Raises WrongReplicaError, EngineDeadError.
+        The first frame has no events: the subscription stands. When the ingress goes, its requests
+        are cancelled. Raises WrongReplicaError, EngineDeadError.
         """
         if target != self._replica_id:
             raise WrongReplicaError(f"{target} is gone; this is {self._replica_id}")
         subscriber = self._subscribers.setdefault(ingress_id, _Subscriber())
         try:
-            yield []
+            yield pack([], subscriber.news(self._engine.load))
             while True:
                 await subscriber.ready.wait()
                 subscriber.ready.clear()
                 events, subscriber.events = subscriber.events, []
                 if events:
-                    yield pack(events)
+                    yield pack(events, subscriber.news(self._engine.load))
                 self._engine.raise_if_dead()
         finally:
             for request_id in list(subscriber.requests):
@@ -231,6 +252,13 @@ class Replica:
 
     def record_replica_metadata(self) -> dict[str, Any]:
         return {"node_id": self._node_id}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For routers without a subscription here. The beat is news even when nothing else is."""
+        return {
+            "load": self._engine.load.to_wire(),
+            "beat": int(time.monotonic() / _BEAT_S),
+        }
 
     def check_health(self) -> None:
         """Raises EngineDeadError, upon which Serve replaces the replica."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tokenflow.cluster.coalescer import StreamCoalescer
 from tokenflow.cluster.replica_registry import REGISTRY
-from tokenflow.cluster.wire import Submission, unpack
+from tokenflow.cluster.wire import Submission, take_news, unpack
 from tokenflow.replicas.errors import EngineDeadError, RequestCancelledError, TokenFlowError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
@@ -61,6 +61,8 @@ class Stream:
         self.arrived_s = time.monotonic()
         self.attempt = 0
         self.replica_id: str | None = None
+        self.kv_source: str | None = None
+        """The node of the replica that it was on before."""
         self._manager = manager
         self._pending: list[TokenEvent] = []
         self._ready = asyncio.Event()
@@ -255,10 +257,11 @@ class StreamManager:
                 resumed_ids=tuple(stream.token_ids),
                 waited_s=time.monotonic() - stream.arrived_s,
                 cache_salt=stream.cache_salt,
+                kv_source=stream.kv_source,
             )
             self._streams[attempt_id] = stream
             try:
-                replica_id = await self._submit(submission, stream.token_rate, deadline)
+                replica_id = await self._submit(submission, deadline)
             except BaseException as error:
                 self._streams.pop(attempt_id, None)
                 REGISTRY.finish(attempt_id)
@@ -280,9 +283,9 @@ class StreamManager:
                 self._pumps[replica_id] = self._spawn(self._pump(replica_id))
             return
 
-    async def _submit(self, submission: Submission, rate: float, deadline: float) -> str:
+    async def _submit(self, submission: Submission, deadline: float) -> str:
         """The id of the replica that took it. Raises EngineDeadError when none is there in time."""
-        response = self._handle.submit.remote(submission, route=(submission.request_id, rate))
+        response = self._handle.submit.remote(submission)
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 replica_id: str = await response
@@ -298,6 +301,9 @@ class StreamManager:
         )
         try:
             async for frame in frames:
+                news = take_news(frame)
+                if news is not None:
+                    REGISTRY.report(replica_id, news.report, news.request_ids)
                 for event in unpack(frame):
                     stream = self._streams.get(event.request_id)
                     if stream is None:
@@ -321,6 +327,7 @@ class StreamManager:
         """Resubmit a stream whose replica is lost."""
         self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
+        stream.kv_source = REGISTRY.node_of(stream.replica_id or "") or None
         stream.replica_id = None
         if stream.finish_reason is not None:
             return

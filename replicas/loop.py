@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import Request
 from tokenflow.replicas.stats import EngineStats
@@ -91,6 +92,11 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """Live counters; read without a lock, so figures of one step may be half updated."""
         return self._engine.stats
+
+    @property
+    def load(self) -> LoadReport:
+        """The latest report for routers."""
+        return self._engine.load
 
     def _main(self) -> None:
         try:

@@ -42,13 +42,24 @@ def capacity(
     [len(tracker)]: tokens each output is expected to have, its limit if not given. Infinite while
     nothing is known. [TokenFlow §4.3]
     """
-    remaining = np.maximum((tracker.limit if length is None else length) - tracker.generated, 1)
+    expected = tracker.limit if length is None else length
+    return full_capacity(tracker, cost, kv_tokens, min(len(tracker), max_num_seqs), expected)
+
+
+def full_capacity(
+    tracker: Tracker,
+    cost: CostModel,
+    kv_tokens: int,
+    max_num_seqs: int,
+    length: IntArray | FloatArray,
+) -> float:
+    """As `capacity`, with as many requests like these as fit: what more of them would find."""
+    remaining = np.maximum(length - tracker.generated, 1)
     total = float(remaining.sum())
     if total <= 0:
         return math.inf
     context = float(remaining @ (tracker.context + remaining / 2)) / total
-    together = max(1.0, min(kv_tokens / context, len(tracker), max_num_seqs))
-    return cost.capacity(together, context)
+    return cost.capacity(max(1.0, min(kv_tokens / context, max_num_seqs)), context)
 
 
 def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:

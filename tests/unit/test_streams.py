@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tokenflow.cluster.placing import place
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.streams import Stream, StreamManager
 from tokenflow.cluster.wire import Frame, Submission, pack
@@ -154,12 +155,12 @@ class Replicas:
         self.loads: list[float] = []
         self.submit = SimpleNamespace(remote=lambda *a, **k: Response(self._submit(*a, **k)))
 
-    async def _submit(self, submission: Submission, *, route: tuple[str, float]) -> str:
-        submission, route = pickle.loads(pickle.dumps((submission, route)))
+    async def _submit(self, submission: Submission) -> str:
+        submission = pickle.loads(pickle.dumps(submission))
         name = "ab"[len(self.submissions)]
         self.submissions.append(submission)
-        REGISTRY.assign(*route, [name])
-        self.loads.append(REGISTRY._loads[name].rate)
+        place(submission, [name])
+        self.loads.append(REGISTRY._views[name].own.rate)
         return name
 
     def options(self, **_: Any) -> SimpleNamespace:
@@ -190,6 +191,6 @@ async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens
     assert [s.cache_salt for s in replicas.submissions] == ["salt", "salt"]
     assert stream.cached_tokens == 2
     assert replicas.loads == [counted, counted]
-    assert not REGISTRY._loads
+    assert not REGISTRY._views
     for task in manager._tasks:
         task.cancel()
