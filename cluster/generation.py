@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+from tokenflow.cluster.deadline import before, until
 from tokenflow.cluster.streams import Stream, StreamManager
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
@@ -37,12 +38,14 @@ class Generation:
         request_id: str,
         prompts: list[list[int]],
         streams: list[Stream],
+        deadline_s: float | None = None,
     ) -> None:
         self._manager = manager
         self.id = request_id
         self.prompts = prompts
         self.streams = streams
         self._delivered = 0
+        self._deadline_s = deadline_s
 
     @property
     def usage(self) -> Usage:
@@ -65,10 +68,12 @@ class Generation:
         sampling: Callable[[int, int], SamplingParams],
         token_rate: float,
         cache_salt: str | None = None,
+        deadline_s: float | None = None,
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
-        `sampling(prompt_tokens, choice)` gives a choice's parameters.
+        `sampling(prompt_tokens, choice)` gives a choice's parameters. At `deadline_s`, on the
+        monotonic clock, all ends with DeadlineExceededError, now or in `updates`.
         """
         streams = [
             Stream(
@@ -76,11 +81,12 @@ class Generation:
             )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]
-        generation = cls(manager, request_id, prompts, streams)
+        generation = cls(manager, request_id, prompts, streams, deadline_s)
         try:
-            results = await asyncio.gather(
-                *(manager.open(stream) for stream in streams), return_exceptions=True
-            )
+            async with before(deadline_s):
+                results = await asyncio.gather(
+                    *(manager.open(stream) for stream in streams), return_exceptions=True
+                )
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
@@ -101,11 +107,12 @@ class Generation:
 
         With `heartbeat_s`, an update without events comes when a choice was silent for that long.
 
-        Closing it early cancels what still runs. Raises TokenFlowError when a stream fails.
+        Closing it early cancels what still runs. Raises TokenFlowError when a stream fails,
+        DeadlineExceededError at the deadline.
         """
         merged = self._merged(max_delay_s, heartbeat_s)
         try:
-            async for update in merged:
+            async for update in until(merged, self._deadline_s):
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
                 yield update
         finally:

@@ -11,6 +11,7 @@ It checks, tokenizes, opens streams and frames the answers. What a request may l
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from starlette.exceptions import HTTPException
 
+from tokenflow.cluster.admission import admitted
 from tokenflow.cluster.api.errors import error_body, http_error
 from tokenflow.cluster.api.framing import (
     DONE,
@@ -37,10 +39,12 @@ from tokenflow.cluster.api.protocol import (
     parse_body,
     parse_chat,
     parse_completion,
+    text_timeout,
 )
 from tokenflow.cluster.config import parse_config
 from tokenflow.cluster.generation import Generation, choice_seed
 from tokenflow.cluster.metrics import render
+from tokenflow.cluster.placing import asks_of
 from tokenflow.cluster.prompts import PromptEncoder
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, response_from
@@ -52,6 +56,7 @@ from tokenflow.replicas.output import TokenEvent
 app = FastAPI(title="TokenFlow", docs_url=None, redoc_url=None, openapi_url=None)
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_TIMEOUT = "x-request-timeout-s"
 _INFO_TIMEOUT_S = 5.0
 _HEARTBEAT_S = 1.0
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -144,6 +149,9 @@ class Ingress:
                 limits=self._limits,
                 header_rate=request.headers.get("x-token-rate"),
             )
+            call = self._with_timeout(
+                call, request.headers.get(_TIMEOUT), "The header X-Request-Timeout-S"
+            )
             # Refusals come out here, before anything is sent: they get a real status.
             generation = await self._start(call)
         except Exception as error:
@@ -209,6 +217,9 @@ class Ingress:
                 limits=self._limits,
                 metadata_rate=metadata_value(grpc_context, "x-token-rate"),
             )
+            call = self._with_timeout(
+                call, metadata_value(grpc_context, _TIMEOUT), f"The metadata {_TIMEOUT}"
+            )
             generation = await self._start(call)
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
@@ -266,9 +277,28 @@ class Ingress:
                 seed=choice_seed(call.sampling.seed, choice),
             )
 
-        return await Generation.start(
-            self._streams, new_id(call), prompts, call.n, sampling, call.token_rate, call.cache_salt
-        )
+        deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+        with admitted(
+            asks_of(call, prompts, sampling),
+            max_ttft_s=self._limits.max_predicted_ttft_s,
+            time_left_s=call.timeout_s,
+        ):
+            return await Generation.start(
+                self._streams,
+                new_id(call),
+                prompts,
+                call.n,
+                sampling,
+                call.token_rate,
+                call.cache_salt,
+                deadline_s,
+            )
+
+    def _with_timeout(self, call: Call, text: str | None, where: str) -> Call:
+        """The call with the timeout that came beside it, unless it has one in itself."""
+        if text is None or call.timeout_s is not None:
+            return call
+        return replace(call, timeout_s=text_timeout(text, where, self._limits))
 
     def _echo(self, call: Call, generation: Generation) -> list[str]:
         """The prompt's text of each choice, if the call wants it back."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 
+from tokenflow.cluster.api.protocol import Call
 from tokenflow.cluster.locality import prefix_keys
 from tokenflow.cluster.replica_registry import REGISTRY, ReplicaRegistry
 from tokenflow.cluster.routing import Ask, counted_rate
 from tokenflow.cluster.wire import Submission
+from tokenflow.replicas.sampling.params import SamplingParams
 
 
 def ask_of(submission: Submission) -> Ask:
@@ -21,6 +24,19 @@ def ask_of(submission: Submission) -> Ask:
         kv_node=source,
         kv_tokens=known if source else 0,
     )
+
+
+def asks_of(
+    call: Call, prompts: Seq[Seq[int]], sampling: Callable[[int, int], SamplingParams]
+) -> list[Ask]:
+    """One for each stream of a call; `sampling(prompt_tokens, choice)` gives its parameters, and
+    raises InvalidRequestError for what cannot be served."""
+    rate = counted_rate(call.token_rate)
+    return [
+        Ask(len(prompt), sampling(len(prompt), 0).max_tokens, rate)
+        for prompt in prompts
+        for _ in range(call.n)
+    ]
 
 
 def place(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from statistics import median_high, median_low
 from typing import Protocol
 
 from tokenflow.replicas.load import ELASTIC_RATE, LoadReport
@@ -20,10 +21,12 @@ from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 STALE_S = 5.0
 """A report that old says nothing any more."""
-SAMPLE = 16
+SAMPLE = 8
 """Replicas that one choice looks at, where there are more: its cost stays what it is."""
 _HEADROOM_S = 0.2
 """Seconds that a full replica is worse than an empty one where the first token is as near."""
+_NOISE = 2.0
+"""Measured speeds that differ by less than that factor are taken to be equal."""
 _NEAR_S = 0.005
 """Replicas whose scores differ by less are taken by lot: routers that know the same do not all
 choose the same."""
@@ -116,21 +119,34 @@ Fleet = Mapping[str, ReplicaView]
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What a replica that has measured nothing yet is taken to be like: one that has."""
+    """What replicas of a cluster are like: for those that have measured nothing themselves, or
+    nothing that differs from the others' by more than measurements do."""
 
-    capacity: float = 0.0
-    prefill_s: float = 0.0
-    load_s: float = 0.0
-
-
-UNKNOWN = Speeds()
+    capacity: float
+    prefill_s: float
+    load_s: float
 
 
-def typical_speeds(report: LoadReport) -> Speeds | None:
-    """The speeds of a replica, if it knows them."""
-    if report.capacity > 0 and report.prefill_s > 0:
-        return Speeds(report.capacity, report.prefill_s, report.load_s)
-    return None
+_GUESS = Speeds(capacity=1000.0, prefill_s=1e-4, load_s=1e-5)
+"""Where nobody has measured anything: replicas can still be compared."""
+
+
+def typical_speeds(reports: Iterable[LoadReport]) -> Speeds | None:
+    """The medians over those who know their speeds; None when nobody does."""
+    known = [r for r in reports if r.capacity > 0 and r.prefill_s > 0]
+    if not known:
+        return None
+    return Speeds(
+        median_high(r.capacity for r in known),
+        median_low(r.prefill_s for r in known),
+        median_low(r.load_s for r in known),
+    )
+
+
+def _told_apart(own: float, typical: float) -> float:
+    """What a replica measured, where it differs from the others by more than chance. Otherwise the
+    one that measured a little better would draw all requests."""
+    return own if own * _NOISE < typical or own > typical * _NOISE > 0 else typical
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +158,8 @@ class Outlook:
     utilisation: float
     """Of what may be promised: rates or memory, whichever is nearer its end; above 1, the request
     waits for others to end."""
+    measured: bool = True
+    """False: nobody has measured any speed yet, and this is only good for comparing."""
 
     @property
     def score(self) -> float:
@@ -149,20 +167,22 @@ class Outlook:
 
 
 def outlook(
-    view: ReplicaView, ask: Ask, speeds: Speeds = UNKNOWN, ahead: Work | None = None
+    view: ReplicaView, ask: Ask, speeds: Speeds | None = None, ahead: Work | None = None
 ) -> Outlook:
     """The prediction for a request that were sent there now.
 
     Prompts are prefilled one after the other. Readers beyond the rates that can be promised, and KV
-    beyond the memory, wait until as large a part of all the work has drained. Unknown speeds count
-    as infinite: nothing is refused for what nobody has measured. `ahead` are requests that are on
-    their way there as well.
+    beyond the memory, wait until as large a part of all the work has drained. `speeds` stand in for
+    what the replica has not measured, `ahead` are requests that are on their way there as well.
     """
     report, more = view.report, view.unreported
     if ahead is not None:
         more = more + ahead
-    capacity = report.capacity or speeds.capacity
-    prefill_s = report.prefill_s or speeds.prefill_s
+    speeds = speeds or typical_speeds([report])
+    measured = speeds is not None
+    speeds = speeds or _GUESS
+    capacity = _told_apart(report.capacity or speeds.capacity, speeds.capacity)
+    prefill_s = _told_apart(report.prefill_s or speeds.prefill_s, speeds.prefill_s)
     queued = report.queued_tokens + more.prompt_tokens + ask.prompt_tokens
     prefill = queued * prefill_s - _saved_s(view, ask, prefill_s, report.load_s or speeds.load_s)
 
@@ -173,13 +193,10 @@ def outlook(
     rate = report.rate + more.rate + ask.rate
     kv = report.kv_tokens + more.prompt_tokens + ask.prompt_tokens + output
     by_memory = kv / report.memory_tokens if report.memory_tokens else 0.0
-    if capacity <= 0:
-        # Rates alone still tell the loaded from the idle.
-        return Outlook(prefill, max(rate, by_memory))
     utilisation = max(rate / (LOAD_FACTOR * capacity), by_memory)
     waiting = max(0.0, 1.0 - 1.0 / utilisation)
     drained_s = waiting * remaining / capacity
-    return Outlook(drained_s + (1.0 - waiting) * prefill, utilisation)
+    return Outlook(drained_s + (1.0 - waiting) * prefill, utilisation, measured)
 
 
 def _saved_s(view: ReplicaView, ask: Ask, prefill_s: float, load_s: float) -> float:
@@ -206,7 +223,7 @@ def foresee(
     at present; empty where that is so of all."""
     known = [name for name in _sample(ask, candidates, fleet, rng, sample) if name in fleet]
     views = [fleet[name] for name in known if fleet[name].fresh(now)]
-    speeds = next((s for view in views if (s := typical_speeds(view.report))), UNKNOWN)
+    speeds = typical_speeds(view.report for view in views)
     ranked = [(outlook(view, ask, speeds, ahead), view.name) for view in views]
     ranked.sort(key=lambda pair: pair[0].score)
     near = sum(o.score < ranked[0][0].score + _NEAR_S for o, _ in ranked)

@@ -49,6 +49,10 @@ class RequestCancelledError(TokenFlowError):
     """The request was ended early by a call to cancel it."""
 
 
+class DeadlineExceededError(TokenFlowError):
+    """The request's own timeout has passed before it was finished."""
+
+
 class KVStoreError(TokenFlowError):
     """The node's KV store cannot be created, mapped or used."""
 

@@ -21,7 +21,7 @@ INTERVAL_S = 0.05
 """Reports are at least that far apart, except the one that says that the engine is idle."""
 ELASTIC_RATE = 1.0
 """tokens/s that a request without a reader counts with: what it is granted under any load."""
-_REMEMBERED_S = 2.0
+_REMEMBERED_S = 10.0
 """Seconds of prefilling that the measured speed goes back."""
 
 

@@ -83,8 +83,16 @@ def test_an_output_counts_as_long_as_outputs_are_and_not_as_long_as_it_may_be():
 
 def test_what_a_new_replica_has_not_measured_is_what_others_have():
     new = view(capacity=0.0, prefill_s=0.0, load_s=0.0)
-    assert outlook(new, ASK).ttft_s == 0.0
+    assert not outlook(new, ASK).measured and outlook(view(), ASK).measured
+    assert outlook(new, replace(ASK, prompt_tokens=1)).score < outlook(new, ASK).score
     assert outlook(new, ASK, Speeds(1000.0, 1e-3, 1e-4)) == outlook(view(), ASK)
+
+
+def test_small_differences_of_measured_speeds_draw_nobody():
+    speeds = Speeds(1000.0, 1e-3, 1e-4)
+    assert outlook(view(prefill_s=0.6e-3, capacity=1900.0), ASK, speeds) == outlook(view(), ASK)
+    assert outlook(view(prefill_s=0.4e-3), ASK, speeds).ttft_s == pytest.approx(0.04)
+    assert outlook(view(prefill_s=3e-3), ASK, speeds).ttft_s == pytest.approx(0.3)
 
 
 def test_kv_saves_its_prefill_on_its_replica_and_less_the_load_on_its_node():
