@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from tokenflow.cluster.autoscaling import measures
 from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.wire import Frame, LoadNews, Submission, pack
 from tokenflow.kvstore.actor import RayStoreControl, store_for_this_node
@@ -259,6 +260,9 @@ class Replica:
             "load": self._engine.load.to_wire(),
             "beat": int(time.monotonic() / _BEAT_S),
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return measures(self._engine.load)
 
     def check_health(self) -> None:
         """Raises EngineDeadError, upon which Serve replaces the replica."""

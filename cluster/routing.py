@@ -194,7 +194,7 @@ def outlook(
     kv = report.kv_tokens + more.prompt_tokens + ask.prompt_tokens + output
     by_memory = kv / report.memory_tokens if report.memory_tokens else 0.0
     utilisation = max(rate / (LOAD_FACTOR * capacity), by_memory)
-    waiting = max(0.0, 1.0 - 1.0 / utilisation)
+    waiting = 1.0 - 1.0 / max(1.0, utilisation)
     drained_s = waiting * remaining / capacity
     return Outlook(drained_s + (1.0 - waiting) * prefill, utilisation, measured)
 
