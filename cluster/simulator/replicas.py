@@ -34,6 +34,9 @@ class Happening:
 class SimReplica(Protocol):
     """A replica that lives by itself between two moments at which something can be seen of it."""
 
+    counts_tokens: bool
+    """Whether every token is seen when it is made, and so its reader's buffer is known."""
+
     @property
     def load(self) -> LoadReport:
         """Its latest report."""
@@ -52,14 +55,11 @@ class SimReplica(Protocol):
         """What is seen at `next_s`, and on to the next moment."""
         ...
 
-    @property
-    def effective_tokens(self) -> float | None:
-        """Of finished requests, if the model tells. [TokenFlow §7.1.3]"""
-        ...
-
 
 class EngineReplica:
     """The shipped engine: every step and every copy."""
+
+    counts_tokens = True
 
     def __init__(self, machine: Machine, policy: str, lengths: Seq[int]) -> None:
         self._clock = VirtualClock()
@@ -95,10 +95,6 @@ class EngineReplica:
             )
         return seen
 
-    @property
-    def effective_tokens(self) -> float | None:
-        return self._engine.stats.effective_tokens
-
 
 @dataclass(slots=True)
 class _Task:
@@ -118,7 +114,7 @@ class ReducedReplica:
     engine is measured by `benchmarks/cluster/scale.py`.
     """
 
-    effective_tokens: float | None = None
+    counts_tokens = False
 
     def __init__(self, machine: Machine, expected_output: int) -> None:
         self._machine = machine

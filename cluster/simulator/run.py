@@ -3,6 +3,7 @@ shipped ones, fed with reports that come late, as they do."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from tokenflow.cluster.simulator.replicas import EngineReplica, ReducedReplica, 
 from tokenflow.loadgen.metrics import percentile
 from tokenflow.replicas.errors import CapacityError
 from tokenflow.replicas.load import LoadReport
-from tokenflow.replicas.scheduler.playback import Playback
+from tokenflow.replicas.scheduler.playback import Playback, effective_tokens
 from tokenflow.replicas.simulator.executor import VirtualClock
 from tokenflow.replicas.simulator.run import Machine
 from tokenflow.replicas.simulator.workload import Arrival
@@ -64,6 +65,8 @@ class Record:
     ended_s: float | None = None
     tokens: int = 0
     reader: Playback | None = None
+    buffers: list[int] = field(default_factory=list)
+    """The reader's buffer just after each token."""
 
 
 @dataclass(slots=True)
@@ -71,24 +74,26 @@ class ClusterOutcome:
     """What came of a run."""
 
     records: list[Record]
-    duration_s: float
-    effective_tokens: float | None
+    ended_s: float
+    """When the last stream ended."""
     choice_s: float
     """Real seconds that one choice took on average, the registry's part included."""
     placed: list[int] = field(default_factory=list)
     """Requests by replica."""
 
-    def figures(self) -> dict[str, float]:
-        """What is reported of a run."""
-        taken = [r for r in self.records if r.replica >= 0]
+    def figures(self, since_s: float = 0.0) -> dict[str, float]:
+        """What is reported of the requests that came at `since_s` or later."""
+        asked = [r for r in self.records if r.arrival.at_s >= since_s]
+        taken = [r for r in asked if r.replica >= 0]
+        duration_s = max(self.ended_s - asked[0].arrival.at_s, 1e-9)
         ttfts = [r.ttft_s for r in taken if r.ttft_s is not None] or [0.0]
         tokens = sum(r.tokens for r in taken)
         figures = {
-            "requests": len(self.records),
-            "refused": len(self.records) - len(taken),
+            "requests": len(asked),
+            "refused": len(asked) - len(taken),
             "unfinished": sum(r.ended_s is None for r in taken),
-            "duration_s": self.duration_s,
-            "raw_tok_s": tokens / self.duration_s,
+            "duration_s": duration_s,
+            "raw_tok_s": tokens / duration_s,
             "ttft_mean_s": sum(ttfts) / len(ttfts),
             "ttft_p50_s": percentile(ttfts, 50),
             "ttft_p99_s": percentile(ttfts, 99),
@@ -97,8 +102,9 @@ class ClusterOutcome:
             "placed_max_over_mean": max(self.placed) * len(self.placed) / max(1, sum(self.placed)),
         }
         readers = [r.reader for r in taken if r.reader is not None]
-        if self.effective_tokens is not None and readers:
-            figures["effective_tok_s"] = self.effective_tokens / self.duration_s
+        if readers:
+            effective = sum(effective_tokens(r.buffers) for r in taken)
+            figures["effective_tok_s"] = effective / duration_s
             figures["stall_p99_s"] = percentile([p.stall_s for p in readers], 99)
             figures["stalled"] = sum(p.stalls > 0 for p in readers)
         foreseen = [
@@ -153,8 +159,8 @@ class _Cluster:
         next_beat = 0.0
         ended = 0.0
         while upcoming < len(records) or events:
-            event_s = events[0][0] if events else float("inf")
-            arrival_s = records[upcoming].arrival.at_s if upcoming < len(records) else float("inf")
+            event_s = events[0][0] if events else math.inf
+            arrival_s = records[upcoming].arrival.at_s if upcoming < len(records) else math.inf
             clock.advance_to(min(event_s, arrival_s))
             if clock.now >= next_beat:
                 self._beat()
@@ -173,15 +179,7 @@ class _Cluster:
         for record in records:
             if record.replica >= 0:
                 placed[record.replica] += 1
-        made = [r.effective_tokens for r in self._replicas]
-        known = [m for m in made if m is not None]
-        return ClusterOutcome(
-            records,
-            max(ended - records[0].arrival.at_s, 1e-9),
-            sum(known) if len(known) == len(made) else None,
-            self._choosing_s / len(records),
-            placed,
-        )
+        return ClusterOutcome(records, ended, self._choosing_s / len(records), placed)
 
     def _beat(self) -> None:
         for name, report in zip(self._names, self._latest, strict=True):
@@ -220,7 +218,7 @@ class _Cluster:
 
     def _wake(self, index: int) -> None:
         at = self._replicas[index].next_s
-        if at < float("inf"):
+        if at < math.inf:
             self._push(at, index, -1, None, ())
 
     def _push(
@@ -237,10 +235,11 @@ class _Cluster:
                 if record.ttft_s is None:
                     record.ttft_s = now - record.arrival.at_s
                 record.tokens += happening.tokens
-                if replica.effective_tokens is not None and record.arrival.token_rate < 1e9:
+                if replica.counts_tokens and record.arrival.token_rate < math.inf:
                     if record.reader is None:
                         record.reader = Playback(record.arrival.token_rate)
-                    record.reader.generate(now, happening.tokens)
+                    record.reader.generate(now)
+                    record.buffers.append(record.reader.buffer(now))
             if happening.finished:
                 record.ended_s = now
                 ingress = self._ingress[happening.number]
