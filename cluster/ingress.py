@@ -50,7 +50,7 @@ from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, response_from
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
 from tokenflow.cluster.streams import StreamManager
-from tokenflow.replicas.errors import EngineDeadError
+from tokenflow.replicas.errors import CapacityError, EngineDeadError
 from tokenflow.replicas.output import TokenEvent
 
 app = FastAPI(title="TokenFlow", docs_url=None, redoc_url=None, openapi_url=None)
@@ -221,6 +221,10 @@ class Ingress:
                 call, metadata_value(grpc_context, _TIMEOUT), f"The metadata {_TIMEOUT}"
             )
             generation = await self._start(call)
+        except CapacityError as error:
+            # Of a call that fails Serve drops the trailing metadata, of one that ends it does not.
+            rpc_failure(grpc_context, error)
+            return
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
         updates = generation.updates(self._delay_s)

@@ -172,8 +172,9 @@ def outlook(
     """The prediction for a request that were sent there now.
 
     Prompts are prefilled one after the other. Readers beyond the rates that can be promised, and KV
-    beyond the memory, wait until as large a part of all the work has drained. `speeds` stand in for
-    what the replica has not measured, `ahead` are requests that are on their way there as well.
+    beyond the memory, wait until as large a part of the work before them has drained. `speeds`
+    stand in for what the replica has not measured, `ahead` are requests that are on their way there
+    as well.
     """
     report, more = view.report, view.unreported
     if ahead is not None:
@@ -188,14 +189,14 @@ def outlook(
 
     expected = report.expected_output or math.inf
     output = min(more.output_tokens, more.streams * expected) if more.streams else 0
-    output += min(ask.output_tokens, expected)
-    remaining = report.remaining_tokens + output
+    before = report.remaining_tokens + output
     rate = report.rate + more.rate + ask.rate
-    kv = report.kv_tokens + more.prompt_tokens + ask.prompt_tokens + output
+    kv = report.kv_tokens + more.prompt_tokens + output
+    kv += ask.prompt_tokens + min(ask.output_tokens, expected)
     by_memory = kv / report.memory_tokens if report.memory_tokens else 0.0
     utilisation = max(rate / (LOAD_FACTOR * capacity), by_memory)
     waiting = 1.0 - 1.0 / max(1.0, utilisation)
-    drained_s = waiting * remaining / capacity
+    drained_s = waiting * before / capacity
     return Outlook(drained_s + (1.0 - waiting) * prefill, utilisation, measured)
 
 

@@ -22,6 +22,7 @@ from tokenflow.cluster.simulator.run import Setup, simulate_cluster
 from tokenflow.cluster.simulator.workload import BURST_AT_S, burst, scaled
 from tokenflow.loadgen.traces import load_trace
 from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.simulator import plots
 from tokenflow.replicas.simulator.replay import parse_machine, replay_machine
 from tokenflow.replicas.simulator.run import Machine
 from tokenflow.replicas.simulator.workload import Arrival
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reports only by Serve's statistics, 0.1 to 0.5 s late",
     )
     add("--seeds", type=int, default=1, metavar="N", help="how many seeds (1)")
+    add("--plot", metavar="FILE", help="draw the TTFT of the first size and seed to FILE (SVG)")
     add("--json", metavar="FILE", help="also write all figures to FILE")
 
 
@@ -101,7 +103,10 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
             raise ConfigError(f"--{name} must be from {least} to {most}, got {value}.")
     gpu, model = parse_machine(args.machine)
     machine = replay_machine(gpu, model, args.memory_fraction)
+    if args.plot:
+        plots.check()
     runs: list[dict[str, Any]] = []
+    drawn: dict[str, list[float]] = {}
     for replicas in sizes:
         own: list[dict[str, Any]] = []
         for seed in range(1, args.seeds + 1):
@@ -120,11 +125,17 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
                 begun = time.perf_counter()
                 outcome = simulate_cluster(setup, arrivals)
                 took = time.perf_counter() - begun
-                figures = outcome.figures(BURST_AT_S if args.trace is None else 0.0)
+                since_s = BURST_AT_S if args.trace is None else 0.0
+                figures = outcome.figures(since_s)
+                if seed == 1 and replicas == sizes[0]:
+                    drawn[router] = outcome.ttfts(since_s)
                 case = {"replicas": replicas, "router": router, "seed": seed, "real_s": took}
                 own.append(case | figures)
         console.print(_table(replicas, args.ingresses, own))
         runs += own
+    if args.plot:
+        count = f"{runs[0]['requests']} requests on {sizes[0]} replicas"
+        plots.distribution(Path(args.plot), count, drawn, "router")
     if args.json:
         _write(args, runs)
     return 0

@@ -111,7 +111,7 @@ class ReducedReplica:
     It keeps what decides about the time to first token: prompts one after the other, readers' rates
     promised in order of arrival up to the capacity, memory. It has no steps, no copies and no
     readers' buffers, and so nothing to say on stalls and effective tokens. How far it is from the
-    engine is measured by `benchmarks/cluster/scale.py`.
+    engine is in benchmarks/results/README.md.
     """
 
     counts_tokens = False

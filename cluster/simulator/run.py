@@ -81,12 +81,19 @@ class ClusterOutcome:
     placed: list[int] = field(default_factory=list)
     """Requests by replica."""
 
+    def ttfts(self, since_s: float = 0.0) -> list[float]:
+        """Seconds to the first token, ascending, of the requests that came at `since_s` or later
+        and were taken."""
+        return sorted(
+            r.ttft_s for r in self.records if r.ttft_s is not None and r.arrival.at_s >= since_s
+        )
+
     def figures(self, since_s: float = 0.0) -> dict[str, float]:
         """What is reported of the requests that came at `since_s` or later."""
         asked = [r for r in self.records if r.arrival.at_s >= since_s]
         taken = [r for r in asked if r.replica >= 0]
         duration_s = max(self.ended_s - asked[0].arrival.at_s, 1e-9)
-        ttfts = [r.ttft_s for r in taken if r.ttft_s is not None] or [0.0]
+        ttfts = self.ttfts(since_s) or [0.0]
         tokens = sum(r.tokens for r in taken)
         figures = {
             "requests": len(asked),

@@ -62,7 +62,7 @@ def test_queued_prompts_come_first_reported_or_not():
 
 def test_beyond_the_rates_that_can_be_promised_a_part_of_all_work_drains_first():
     # Twice what can be promised: half of it has to end.
-    full = view(rate=2 * 920.0 - 20.0, remaining_tokens=7950, active=40)
+    full = view(rate=2 * 920.0 - 20.0, remaining_tokens=8000, active=40)
     seen = outlook(full, ASK)
     assert seen.utilisation == pytest.approx(2.0)
     assert seen.ttft_s == pytest.approx(0.5 * 8.0 + 0.5 * 0.1)
@@ -70,15 +70,21 @@ def test_beyond_the_rates_that_can_be_promised_a_part_of_all_work_drains_first()
 
 def test_memory_that_is_spoken_for_drains_as_well():
     full = view(kv_tokens=200_000, remaining_tokens=10_000)
-    assert outlook(full, ASK).ttft_s == pytest.approx(0.5 * 10.05, rel=0.02)
+    assert outlook(full, ASK).ttft_s == pytest.approx(0.5 * 10.0, rel=0.02)
 
 
 def test_an_output_counts_as_long_as_outputs_are_and_not_as_long_as_it_may_be():
-    full = view(rate=2000.0, remaining_tokens=1000)
-    short = outlook(full, replace(ASK, output_tokens=50)).ttft_s
-    assert outlook(full, replace(ASK, output_tokens=100_000)).ttft_s == pytest.approx(short)
-    unknown = view(rate=2000.0, remaining_tokens=1000, expected_output=0)
-    assert outlook(unknown, replace(ASK, output_tokens=100_000)).ttft_s > 10 * short
+    def behind(limit: int, expected: int) -> float:
+        full = view(rate=2000.0, remaining_tokens=1000, expected_output=expected)
+        full.unreported.add(replace(ASK, output_tokens=limit))
+        return outlook(full, ASK).ttft_s
+
+    assert behind(50, 50) == pytest.approx(behind(100_000, 50))
+    assert behind(100_000, 0) > 10 * behind(100_000, 50)
+
+
+def test_whoever_is_alone_waits_for_nobody_however_fast_he_reads():
+    assert outlook(view(), replace(ASK, rate=1e6)).ttft_s <= 0.1
 
 
 def test_what_a_new_replica_has_not_measured_is_what_others_have():
