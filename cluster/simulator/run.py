@@ -77,7 +77,7 @@ class ClusterOutcome:
     ended_s: float
     """When the last stream ended."""
     choice_s: float
-    """Real seconds that one choice took on average, the registry's part included."""
+    """CPU seconds that one choice took on average, the registry's part included."""
     placed: list[int] = field(default_factory=list)
     """Requests by replica."""
 
@@ -211,9 +211,9 @@ class _Cluster:
                 record.retry_after_s = error.retry_after_s
                 return
             record.predicted_s = seen.ttft_s if seen is not None else None
-        begun = time.perf_counter()
+        begun = time.thread_time()
         index = int(registry.assign(f"{number}", ask, self._names)[0])
-        self._choosing_s += time.perf_counter() - begun
+        self._choosing_s += time.thread_time() - begun
         record.replica = index
         self._submitted[index] += 1
         told = self._untold[index].setdefault(ingress, deque())
