@@ -9,8 +9,9 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
 
+from tokenflow.cluster.autoscaling import UtilisationPolicy
 from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.ingress import Ingress
 from tokenflow.cluster.replica import Replica
@@ -25,6 +26,8 @@ GRPC_SERVICERS = [
 
 # Admission is the engine's and the ingress's business; Serve's own limit must never bite first.
 _UNLIMITED = 1_000_000
+_SCALING_PERIOD_S = 1.0
+"""How often replicas tell what scaling goes by."""
 
 # Longest time that ingresses have to move their streams off a replica that is to stop.
 _DRAIN_S = 30
@@ -34,13 +37,37 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     """The application for a checked configuration."""
     tree = config.model_dump(mode="json")
     count = config.replicas.count
-    router: Any = BurstRouter  # Ray's annotation knows only the serialized form
+    scaling: dict[str, Any] = {"num_replicas": count}
+    if (bounds := config.replicas.autoscaling) is not None:
+        policy = AutoscalingPolicy(
+            policy_function=UtilisationPolicy,
+            policy_kwargs={
+                "target_utilisation": bounds.target_utilisation,
+                "max_ttft_s": bounds.max_ttft_s,
+            },
+        )
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": bounds.min,
+                "max_replicas": bounds.max,
+                "upscale_delay_s": bounds.upscale_delay_s,
+                "downscale_delay_s": bounds.downscale_delay_s,
+                "metrics_interval_s": _SCALING_PERIOD_S,
+                "look_back_period_s": 2 * _SCALING_PERIOD_S,
+                "policy": policy,
+            }
+        }
+    routing: dict[str, Any] = {
+        "request_router_class": BurstRouter,
+        "request_router_kwargs": {"router": config.replicas.router},
+        "request_routing_stats_period_s": config.replicas.routing_stats_period_s,
+    }
     replica: Any = serve.deployment(
         name="replica",
-        num_replicas=count,
+        **scaling,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": config.replicas.cpus_each, "num_gpus": gpus_each},
-        request_router_config=RequestRouterConfig(request_router_class=router),
+        request_router_config=RequestRouterConfig(**routing),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=_DRAIN_S,
@@ -55,7 +82,7 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
     )(Ingress)
     # Without GPUs all replicas of a machine share its cores and memory.
-    sharers = count if gpus_each == 0 else 1
+    sharers = config.replicas.most if gpus_each == 0 else 1
     # Serve would restart everything on each deployment; with versions of our own only what has
     # changed is, and a change of the number of replicas restarts none.
     served = _version(tree, "model", "engine", "kvstore")

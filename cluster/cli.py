@@ -75,6 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
     simulate.add_arguments(simulate_parser)
     simulate_parser.set_defaults(run=simulate.run)
 
+    from tokenflow.cluster.simulator import command as simulate_cluster
+
+    cluster_parser = commands.add_parser(
+        "simulate-cluster",
+        help="routers before many simulated replicas",
+        description="Routers before many simulated replicas: time to first token, throughput and "
+        "what a choice costs.",
+    )
+    simulate_cluster.add_arguments(cluster_parser)
+    cluster_parser.set_defaults(run=simulate_cluster.run)
+
     from tokenflow.replicas.simulator import calibrate_command as calibrate
 
     calibrate_parser = commands.add_parser(

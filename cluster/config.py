@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.routing import ROUTERS
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
 
@@ -53,14 +61,63 @@ class KVStoreConfig(_Section):
     )
 
 
+class AutoscalingConfig(_Section):
+    """How many replicas there are, when their number follows the load."""
+
+    min: int = Field(default=1, ge=1, le=1024)
+    max: int = Field(ge=1, le=1024)
+    target_utilisation: float = Field(
+        default=0.7, gt=0, le=1, description="Of the rates that a replica may promise."
+    )
+    max_ttft_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="While every replica predicts a longer time to the first token, one is added.",
+    )
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _min_is_below_max(self) -> AutoscalingConfig:
+        if self.min > self.max:
+            raise ValueError("min must not be above max")
+        return self
+
+
 class ReplicasConfig(_Section):
     """The replica actors."""
 
     count: int = Field(default=1, ge=1, le=1024)
+    autoscaling: AutoscalingConfig | None = Field(
+        default=None, description="Bounds and targets; null = always `count` replicas."
+    )
     gpus_each: float | None = Field(
         default=None, ge=0, description="null = 1 where the cluster has GPUs, else 0."
     )
     cpus_each: float = Field(default=0, ge=0, description="CPUs Ray reserves for a replica.")
+    router: str = Field(
+        default="burst",
+        description="How a request's replica is chosen: burst, or for comparison power-of-two "
+        "(Ray Serve's default), least-requests, round-robin, random.",
+    )
+    routing_stats_period_s: float = Field(
+        default=0.25,
+        gt=0,
+        description="How often Serve asks replicas for their load, for routers without a "
+        "subscription to them.",
+    )
+
+    @property
+    def most(self) -> int:
+        """Replicas there may be at once."""
+        return self.autoscaling.max if self.autoscaling is not None else self.count
+
+    @field_validator("router")
+    @classmethod
+    def _known_router(cls, name: str) -> str:
+        if name not in ROUTERS:
+            raise ValueError(f"unknown router; known are {', '.join(ROUTERS)}")
+        return name
 
 
 class IngressConfig(_Section):

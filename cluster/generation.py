@@ -10,6 +10,7 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+from tokenflow.cluster.deadline import before, until
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.replicas.output import TokenEvent
@@ -41,6 +42,7 @@ class Generation:
         request_id: str,
         prompts: list[list[int]],
         streams: list[Stream],
+        deadline_s: float | None = None,
     ) -> None:
         self._manager = manager
         self.id = request_id
@@ -49,6 +51,7 @@ class Generation:
         self.reader = 0
         """The how-manieth reader has it; only of those that may be read again."""
         self._delivered = 0
+        self._deadline_s = deadline_s
 
     @property
     def usage(self) -> Usage:
@@ -72,11 +75,13 @@ class Generation:
         token_rate: float,
         cache_salt: str | None = None,
         context: bytes = b"",
+        deadline_s: float | None = None,
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
         `sampling(prompt_tokens, choice)` gives a choice's parameters. With a `context` the streams
-        outlive their reader (see `Submission.context`).
+        outlive their reader (see `Submission.context`). At `deadline_s`, on the monotonic clock,
+        all ends with DeadlineExceededError, now or in `updates`.
         """
         streams = [
             Stream(
@@ -91,7 +96,7 @@ class Generation:
             )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]
-        generation = cls(manager, request_id, prompts, streams)
+        generation = cls(manager, request_id, prompts, streams, deadline_s)
         await generation.open(streams)
         return generation
 
@@ -99,9 +104,10 @@ class Generation:
         """Submit those of its streams: all of them, or the generation is closed and the first
         refusal raised."""
         try:
-            results = await asyncio.gather(
-                *(self._manager.open(stream) for stream in streams), return_exceptions=True
-            )
+            async with before(self._deadline_s):
+                results = await asyncio.gather(
+                    *(self._manager.open(stream) for stream in streams), return_exceptions=True
+                )
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
@@ -147,11 +153,12 @@ class Generation:
 
         With `heartbeat_s`, an update without events comes when a choice was silent for that long.
 
-        Closing it early cancels what still runs. Raises TokenFlowError when a stream fails.
+        Closing it early cancels what still runs. Raises TokenFlowError when a stream fails,
+        DeadlineExceededError at the deadline.
         """
         merged = self._merged(max_delay_s, heartbeat_s)
         try:
-            async for update in merged:
+            async for update in until(merged, self._deadline_s):
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
                 yield update
             self._delivered = sum(len(stream.token_ids) for stream in self.streams)

@@ -11,6 +11,7 @@ It checks, tokenizes, opens streams and frames the answers. What a request may l
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from starlette.exceptions import HTTPException
 
+from tokenflow.cluster.admission import admitted
 from tokenflow.cluster.api.errors import error_body, http_error
 from tokenflow.cluster.api.framing import (
     HEARTBEAT,
@@ -37,11 +39,13 @@ from tokenflow.cluster.api.protocol import (
     parse_change,
     parse_chat,
     parse_completion,
+    text_timeout,
 )
 from tokenflow.cluster.config import parse_config
 from tokenflow.cluster.control import StreamControl
 from tokenflow.cluster.generation import Generation, choice_seed
 from tokenflow.cluster.metrics import render
+from tokenflow.cluster.placing import asks_of
 from tokenflow.cluster.prompts import PromptEncoder
 from tokenflow.cluster.reconnect import Context, Reconnections, unknown_request
 from tokenflow.cluster.rpc import inference_pb2 as pb
@@ -50,12 +54,13 @@ from tokenflow.cluster.rpc.probes import Probes
 from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
 from tokenflow.cluster.stream_mover import StreamMover
 from tokenflow.cluster.streams import StreamManager
-from tokenflow.replicas.errors import EngineDeadError
+from tokenflow.replicas.errors import CapacityError, EngineDeadError
 from tokenflow.replicas.output import TokenEvent
 
 app = FastAPI(title="TokenFlow", docs_url=None, redoc_url=None, openapi_url=None)
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_TIMEOUT = "x-request-timeout-s"
 _INFO_TIMEOUT_S = 5.0
 _HEARTBEAT_S = 1.0
 _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -205,6 +210,9 @@ class Ingress(Probes):
                 limits=self._limits,
                 headers=given(request),
             )
+            call = self._with_timeout(
+                call, request.headers.get(_TIMEOUT), "The header X-Request-Timeout-S"
+            )
             # Refusals come out here, before anything is sent: they get a real status.
             generation = await self._start(call)
         except Exception as error:
@@ -278,7 +286,14 @@ class Ingress(Probes):
                 limits=self._limits,
                 metadata_rate=metadata_value(grpc_context, "x-token-rate"),
             )
+            call = self._with_timeout(
+                call, metadata_value(grpc_context, _TIMEOUT), f"The metadata {_TIMEOUT}"
+            )
             generation = await self._start(call)
+        except CapacityError as error:
+            # Of a call that fails Serve drops the trailing metadata, of one that ends it does not.
+            rpc_failure(grpc_context, error)
+            return
         except Exception as error:
             raise rpc_failure(grpc_context, error) from None
         async for message in self._messages(generation, grpc_context):
@@ -379,17 +394,25 @@ class Ingress(Probes):
         ]
         request_id = new_id(call)
 
+        deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+
         async def start(context: bytes) -> Generation:
-            return await Generation.start(
-                self._streams,
-                request_id,
-                prompts,
-                call.n,
-                lambda _, choice: params[choice],
-                call.token_rate,
-                call.cache_salt,
-                context,
-            )
+            with admitted(
+                asks_of(call, prompts, params),
+                max_ttft_s=self._limits.max_predicted_ttft_s,
+                time_left_s=call.timeout_s,
+            ):
+                return await Generation.start(
+                    self._streams,
+                    request_id,
+                    prompts,
+                    call.n,
+                    lambda _, choice: params[choice],
+                    call.token_rate,
+                    call.cache_salt,
+                    context,
+                    deadline_s,
+                )
 
         if not call.resumable:
             return await start(b"")
@@ -405,6 +428,12 @@ class Ingress(Probes):
             self._reconnections.leave(generation, reader)
         else:
             generation.close()
+
+    def _with_timeout(self, call: Call, text: str | None, where: str) -> Call:
+        """The call with the timeout that came beside it, unless it has one in itself."""
+        if text is None or call.timeout_s is not None:
+            return call
+        return replace(call, timeout_s=text_timeout(text, where, self._limits))
 
     def _echo(self, call: Call, generation: Generation) -> list[str]:
         """The prompt's text of each choice, if the call wants it back."""

@@ -19,6 +19,15 @@ class Limits(BaseModel):
     default_token_rate: float = Field(
         default=20.0, gt=0, description="tokens/s of a request that declares none"
     )
+    max_predicted_ttft_s: float | None = Field(
+        default=60.0,
+        gt=0,
+        description="A request whose first token is predicted to come later is refused with 429 "
+        "and Retry-After; null = only a full queue refuses.",
+    )
+    max_timeout_s: float = Field(
+        default=86_400.0, gt=0, description="Longest timeout that a request may give itself."
+    )
     max_logit_bias: int = Field(default=1024, ge=0, description="Entries of logit_bias.")
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ def preflight(config: ClusterConfig) -> Preflight:
     gpus_each = config.replicas.gpus_each
     if gpus_each is None:
         gpus_each = 1.0 if device.startswith("cuda") else 0.0
-    sharers = config.replicas.count if gpus_each == 0 else 1
+    sharers = config.replicas.most if gpus_each == 0 else 1
     blocks = plan_blocks(
         spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
     )

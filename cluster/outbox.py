@@ -13,8 +13,17 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from tokenflow.cluster.wire import Frame, Holding, Notice, PackedEvent, Submission, pack
+from tokenflow.cluster.wire import (
+    Frame,
+    Holding,
+    LoadNews,
+    Notice,
+    PackedEvent,
+    Submission,
+    pack,
+)
 from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
 
@@ -27,10 +36,12 @@ class EngineDoor(Protocol):
     def change_reader(self, request_id: str, change: ReaderChange) -> None: ...
 
 
-class _Outbox:
+class Outbox:
     """What one ingress has not fetched yet."""
 
-    __slots__ = ("connection", "events", "notices", "ready", "requests")
+    __slots__ = (
+        "connection", "events", "notices", "ready", "requests", "told", "unreported",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.events: list[TokenEvent] = []
@@ -39,6 +50,20 @@ class _Outbox:
         self.requests: dict[str, _Request] = {}
         self.connection: object | None = None
         """The subscription that stands; None = none yet."""
+        self.unreported: dict[str, int] = {}
+        """Its requests that no load it was sent knew of: the how-manieth each was of all."""
+        self.told = 0
+        """The number of the load report it was sent last."""
+
+    def news(self, report: LoadReport) -> LoadNews | None:
+        """The load, when it has not been sent yet."""
+        if report.number <= self.told:
+            return None
+        self.told = report.number
+        known = tuple(r for r, nth in self.unreported.items() if nth <= report.requests)
+        for request_id in known:
+            del self.unreported[request_id]
+        return LoadNews(report, known)
 
 
 class _Request:
@@ -70,8 +95,8 @@ class _Request:
 class Outboxes:
     """All of them. Lives on one event loop.
 
-    `healthy` says whether the engine gets on: without it no heartbeat is sent, and ingresses move
-    their streams elsewhere.
+    `load` is the engine's latest report, which goes along with frames. `healthy` says whether the
+    engine gets on: without it no heartbeat is sent, and ingresses move their streams elsewhere.
     """
 
     def __init__(
@@ -80,13 +105,16 @@ class Outboxes:
         *,
         grace_s: float,
         heartbeat_s: float,
+        load: Callable[[], LoadReport],
         healthy: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._grace_s = grace_s
         self._heartbeat_s = heartbeat_s
+        self._load = load
         self._healthy = healthy
-        self._outboxes: dict[str, _Outbox] = {}
+        self._taken = 0
+        self._outboxes: dict[str, Outbox] = {}
         self._requests: dict[str, _Request] = {}
 
     # -- from the engine ------------------------------------------------------------------------
@@ -121,7 +149,10 @@ class Outboxes:
     def take(self, submission: Submission) -> None:
         """A request that the engine has accepted."""
         request = self._requests[submission.request_id] = _Request(submission)
-        self._outbox(submission.ingress_id).requests[request.id] = request
+        outbox = self._outbox(submission.ingress_id)
+        outbox.requests[request.id] = request
+        self._taken += 1
+        outbox.unreported[request.id] = self._taken
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """End requests and forget them; unknown ids are ignored."""
@@ -133,13 +164,13 @@ class Outboxes:
     async def frames(
         self, ingress_id: str, check: Callable[[], None]
     ) -> AsyncGenerator[Frame, None]:
-        """The events of one ingress, for as long as it listens; an empty frame at first and
+        """The events of one ingress, for as long as it listens; a frame without events at first and
         whenever there was nothing for `heartbeat_s`. `check` is called before each wait and may
         raise. When it ends, the ingress is taken for dead, unless it listens again."""
         outbox = self._outbox(ingress_id)
         connection = outbox.connection = object()
         try:
-            yield []
+            yield pack([], news=outbox.news(self._load()))
             while True:
                 check()
                 try:
@@ -147,13 +178,13 @@ class Outboxes:
                         await outbox.ready.wait()
                 except TimeoutError:
                     if self._healthy():
-                        yield []
+                        yield pack([], news=outbox.news(self._load()))
                     continue
                 outbox.ready.clear()
                 events, outbox.events = outbox.events, []
                 notices, outbox.notices = outbox.notices, []
                 if events or notices:
-                    yield pack(events, notices)
+                    yield pack(events, notices, outbox.news(self._load()))
         finally:
             if outbox.connection is connection:
                 self._abandon(ingress_id, outbox)
@@ -220,19 +251,19 @@ class Outboxes:
     def _of_client(self, client_id: str) -> list[_Request]:
         return [r for r in self._requests.values() if r.submission.client_id == client_id]
 
-    def _outbox(self, ingress_id: str) -> _Outbox:
+    def _outbox(self, ingress_id: str) -> Outbox:
         outbox = self._outboxes.get(ingress_id)
         if outbox is None:
-            outbox = self._outboxes[ingress_id] = _Outbox()
+            outbox = self._outboxes[ingress_id] = Outbox()
             # An ingress that died before it could listen must not leave its requests here.
             self._later(self._abandon_unheard, ingress_id, outbox)
         return outbox
 
-    def _abandon_unheard(self, ingress_id: str, outbox: _Outbox) -> None:
+    def _abandon_unheard(self, ingress_id: str, outbox: Outbox) -> None:
         if outbox.connection is None and self._outboxes.get(ingress_id) is outbox:
             self._abandon(ingress_id, outbox)
 
-    def _abandon(self, ingress_id: str, outbox: _Outbox) -> None:
+    def _abandon(self, ingress_id: str, outbox: Outbox) -> None:
         """The ingress is gone: end what ends with it, keep the rest for the next one."""
         if self._outboxes.get(ingress_id) is outbox:
             del self._outboxes[ingress_id]

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from tokenflow.cluster.autoscaling import measures
 from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.kv_fetch import FetchStats, KVFetcher
 from tokenflow.cluster.outbox import Outboxes
@@ -46,6 +47,8 @@ _HEARTBEATS = 3
 """Per silence at which an ingress gives a replica up."""
 _STUCK_S = 30.0
 """A step that lasts longer is taken for one that never ends."""
+_BEAT_S = 2.0
+"""An idle replica says that often that it still is."""
 
 
 class WrongReplicaError(Exception):
@@ -85,6 +88,7 @@ class Replica:
             self._engine,
             grace_s=config.ingress.reconnect_grace_s,
             heartbeat_s=config.ingress.replica_silence_s / _HEARTBEATS,
+            load=lambda: self._engine.load,
             healthy=lambda: self._engine.step_age_s < _STUCK_S,
         )
         self._fetcher: KVFetcher | None = None
@@ -137,13 +141,11 @@ class Replica:
 
     # -- doors ----------------------------------------------------------------------------------
 
-    async def submit(
-        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
-    ) -> str:
+    async def submit(self, submission: Submission, *, target: str | None = None) -> str:
         """Take a request; its events go to the frame stream of `submission.ingress_id`.
 
         Returns this replica's id. Raises InvalidRequestError, CapacityError, EngineDeadError, or
-        WrongReplicaError when it was for `target`. `route` is for the router only.
+        WrongReplicaError when it was for `target`.
         """
         if target is not None:
             self._check_target(target)
@@ -240,6 +242,16 @@ class Replica:
 
     def record_replica_metadata(self) -> dict[str, Any]:
         return {"node_id": self._node_id}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """For routers without a subscription here. The beat is news even when nothing else is."""
+        return {
+            "load": self._engine.load.to_wire(),
+            "beat": int(time.monotonic() / _BEAT_S),
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return measures(self._engine.load)
 
     def check_health(self) -> None:
         """Raises EngineDeadError, upon which Serve replaces the replica."""

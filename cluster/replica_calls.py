@@ -92,10 +92,8 @@ class ReplicaCalls:
         """The id of the replica that took it: `target`, or the one that the router chose. To be
         spawned. Raises what the replica refuses it with, and EngineDeadError when none took it in
         time or the one that was asked fell silent."""
-        attempt_id, rate = submission.request_id, submission.token_rate
-        if target is not None:
-            REGISTRY.assign(attempt_id, rate, [target])
-        response = self._handle.submit.remote(submission, route=(attempt_id, rate), target=target)
+        attempt_id = submission.request_id
+        response = self._handle.submit.remote(submission, target=target)
         answer = self.spawn(_answer(response))
         try:
             while True:

@@ -378,7 +378,9 @@ class StreamManager:
             async for frame in frames:
                 if self._watch.heard(replica_id, time.monotonic()):
                     self._heard_again(replica_id)
-                events, notices = unpack(frame)
+                events, notices, news = unpack(frame)
+                if news is not None:
+                    REGISTRY.report(replica_id, news.report, news.request_ids)
                 for event in events:
                     self._take(event)
                 for notice in notices:

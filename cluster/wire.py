@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.sampling.params import SamplingParams
@@ -71,25 +72,40 @@ class Notice:
     change: ReaderChange | None = None
 
 
-Frame = list[PackedEvent]
-"""The events of one or more engine steps for one ingress, and after them what else it must know. An
-empty one says that the replica lives."""
+@dataclass(frozen=True, slots=True)
+class LoadNews:
+    """A replica's load, and which of the ingress's requests it is the first to know of."""
 
-_NOTICE = 1
+    report: LoadReport
+    request_ids: tuple[str, ...]
+
+
+Frame = list[PackedEvent]
+"""The events of one or more engine steps for one ingress, before them the replica's load if that is
+new, and after them what else the ingress must know. An empty one says that the replica lives."""
+
+_LOAD, _NOTICE = 0, 1
 """Where an event has its request id, which is text."""
 
 
-def pack(events: Iterable[TokenEvent], notices: Iterable[Notice] = ()) -> Frame:
-    frame: Frame = [tuple(event) for event in events]
+def pack(
+    events: Iterable[TokenEvent], notices: Iterable[Notice] = (), news: LoadNews | None = None
+) -> Frame:
+    frame: Frame = [] if news is None else [(_LOAD, news.report.to_wire(), news.request_ids)]
+    frame += [tuple(event) for event in events]
     frame += [(_NOTICE, notice) for notice in notices]
     return frame
 
 
-def unpack(frame: Frame) -> tuple[list[TokenEvent], list[Notice]]:
+def unpack(frame: Frame) -> tuple[list[TokenEvent], list[Notice], LoadNews | None]:
     notices: list[Notice] = []
+    news = None
+    if frame and frame[0][0] == _LOAD:
+        _, values, request_ids = frame.pop(0)
+        news = LoadNews(LoadReport.from_wire(values), request_ids)  # type: ignore[arg-type]
     while frame and frame[-1][0] == _NOTICE:
         notices.append(frame.pop()[1])  # type: ignore[arg-type]
-    return unpack_events(frame), notices[::-1]
+    return unpack_events(frame), notices[::-1], news
 
 
 def unpack_events(events: Iterable[PackedEvent]) -> list[TokenEvent]:

@@ -18,6 +18,7 @@ from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
 from tokenflow.replicas.kv_cache import KVCache
+from tokenflow.replicas.load import LoadMeter, LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.overload import OverloadReport, take_report
 from tokenflow.replicas.request import FinishReason, ReaderChange, Request, Sequence, State
@@ -82,6 +83,7 @@ class Engine:
         self.tracker = Tracker()
         self.overload = OverloadReport()
         """Taken now and then; another thread may read it."""
+        self._meter = LoadMeter()
         self._tokenizer = tokenizer
         self._eos_ids = tuple(eos_ids)
         self._clock = clock
@@ -319,7 +321,31 @@ class Engine:
                 last=self.overload,
                 now=now,
             )
+        if self._meter.due(tracker, stats.requests, now):
+            self._measure_load(now)
         return False
+
+    @property
+    def load(self) -> LoadReport:
+        """The latest report for routers; safe from any thread."""
+        return self._meter.report
+
+    def _measure_load(self, now: float) -> None:
+        pool, host, block = self.kv.pool, self.kv.host, self._block_size
+        self._meter.take(
+            self.tracker,
+            self.cost,
+            self.lengths,
+            requests=self.stats.requests,
+            prefilled=self.stats.prompt_tokens + self.stats.recomputed_tokens,
+            device_tokens=pool.num_blocks * block,
+            free_tokens=pool.free_blocks * block,
+            host_tokens=host.capacity * block if self.config.offload else 0,
+            block_size=block,
+            max_num_seqs=self.config.max_num_seqs,
+            longest=self.max_model_len,
+            now=now,
+        )
 
     def _expected_lengths(self) -> IntArray | FloatArray:
         return self.lengths.expected(self.tracker.limit, self.tracker.generated)

@@ -53,6 +53,10 @@ class ReaderReplacedError(TokenFlowError):
     """Another connection has gone on with the request of this one."""
 
 
+class DeadlineExceededError(TokenFlowError):
+    """The request's own timeout has passed before it was finished."""
+
+
 class KVStoreError(TokenFlowError):
     """The node's KV store cannot be created, mapped or used."""
 

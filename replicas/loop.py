@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from tokenflow.replicas.engine import Engine, check_rate
 from tokenflow.replicas.errors import EngineDeadError, InvalidRequestError
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.overload import OverloadReport
 from tokenflow.replicas.request import ReaderChange, Request
@@ -127,6 +128,11 @@ class EngineLoop:
     def cost(self) -> CostModel:
         """What the engine has learned; only to be read."""
         return self._engine.cost
+
+    @property
+    def load(self) -> LoadReport:
+        """The latest report for routers."""
+        return self._engine.load
 
     def _main(self) -> None:
         try:

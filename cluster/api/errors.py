@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenflow.replicas.errors import (
     CapacityError,
+    DeadlineExceededError,
     EngineDeadError,
     InvalidRequestError,
     ReaderReplacedError,
@@ -34,6 +35,8 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str
             _body(str(error), "rate_limit_error", None, "overloaded"),
             {"Retry-After": seconds},
         )
+    if isinstance(error, DeadlineExceededError):
+        return 504, _body(str(error), "server_error", None, "deadline_exceeded"), {}
     if isinstance(error, RequestCancelledError):
         return 499, _body(str(error), "invalid_request_error", None, "cancelled"), {}
     if isinstance(error, ReaderReplacedError):

@@ -80,6 +80,8 @@ class Call:
     """Only calls with the same salt share cached prefixes."""
     resumable: bool = False
     """Whether the request outlives a lost connection for a while."""
+    timeout_s: float | None = None
+    """Seconds after which the client has no use for the rest; None = it waits."""
 
     @property
     def is_chat(self) -> bool:
@@ -133,6 +135,7 @@ class _Common(_Strict):
     request_id: Annotated[str, Field(max_length=256)] | None = None
     resumable: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] | None = None
+    timeout: Number | None = None
     user: str | None = None
 
 
@@ -341,6 +344,25 @@ def text_rate(text: str, where: str, limits: Limits) -> float:
     return rate
 
 
+def text_timeout(text: str, where: str, limits: Limits) -> float:
+    """The timeout of a header or of metadata (`where`), seconds. Raises InvalidRequestError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    return check_timeout(seconds, where, limits)
+
+
+def check_timeout(seconds: float, where: str, limits: Limits) -> float:
+    """Raises InvalidRequestError."""
+    if not 0 < seconds <= limits.max_timeout_s:
+        _reject(
+            f"{where} must be a number of seconds above 0, at most {limits.max_timeout_s:g}.",
+            "timeout",
+        )
+    return seconds
+
+
 def check_seed(seed: int | None) -> None:
     """Raises InvalidRequestError for a seed that does not fit in 64 bits."""
     if seed is not None and not -(1 << 63) <= seed < 1 << 63:
@@ -511,7 +533,14 @@ def _delivery(request: _Common, limits: Limits, headers: Given) -> dict[str, Any
         "request_id": _request_id(request, headers.request_id),
         "cache_salt": request.cache_salt,
         "resumable": _resumable(request, headers.resumable),
+        "timeout_s": _timeout(request, limits),
     }
+
+
+def _timeout(request: _Common, limits: Limits) -> float | None:
+    if request.timeout is None:
+        return None
+    return check_timeout(request.timeout, "timeout", limits)
 
 
 def _rate(request: _Common, limits: Limits, header: str | None) -> float:

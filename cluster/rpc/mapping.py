@@ -28,6 +28,7 @@ from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.replicas.errors import (
     CapacityError,
+    DeadlineExceededError,
     EngineDeadError,
     InvalidRequestError,
     ReaderReplacedError,
@@ -206,6 +207,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"{error} (retry after {error.retry_after_s:g} s)",
         )
+    if isinstance(error, DeadlineExceededError):
+        return grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
     if isinstance(error, RequestCancelledError):
         return grpc.StatusCode.CANCELLED, str(error)
     if isinstance(error, ReaderReplacedError):

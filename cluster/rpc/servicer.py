@@ -6,19 +6,23 @@ error inside the gRPC server, so that the client gets INVALID_ARGUMENT and not U
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 
 from tokenflow.cluster.api.protocol import too_long
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.rpc.mapping import status_of
 from tokenflow.cluster.rpc.stub import SERVICE
-from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,24 @@ def rpc_failure(context: Any, error: Exception) -> RpcFailed:
     code, details = status_of(error)
     context.set_code(code)
     context.set_details(details)
+    if isinstance(error, CapacityError):
+        context.set_trailing_metadata(retry_metadata(code, details, error.retry_after_s))
     return RpcFailed(f"{code.name}: {details}")
+
+
+def retry_metadata(
+    code: grpc.StatusCode, details: str, retry_after_s: float
+) -> list[tuple[str, str | bytes]]:
+    """Trailing metadata of a refusal: `google.rpc.RetryInfo` as gRPC's rich error model has it, and
+    the seconds as text for those who do not know it."""
+    info = RetryInfo(retry_delay=Duration())
+    info.retry_delay.FromMilliseconds(math.ceil(retry_after_s * 1000))
+    status = Status(code=code.value[0], message=details)
+    status.details.add().Pack(info)
+    return [
+        ("retry-after", f"{max(1, math.ceil(retry_after_s))}"),
+        ("grpc-status-details-bin", status.SerializeToString()),
+    ]
 
 
 def check_message(request: Any, limits: Limits) -> None:

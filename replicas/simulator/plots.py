@@ -32,6 +32,11 @@ _PREFERRED = {
     "andes": "#e69f00",
     "tokenflow": "#0072b2",
     "slack": "#d55e00",
+    "random": "#7f7f7f",
+    "round-robin": "#56b4e9",
+    "least-requests": "#e69f00",
+    "power-of-two": "#0072b2",
+    "burst": "#d55e00",
 }
 _OTHERS = ("#009e73", "#cc79a7", "#000000")
 _GREY = "#555555"
@@ -128,20 +133,33 @@ def check() -> None:
 
 def ttft(path: Path, title: str, runs: Mapping[str, PlotData], bound_p99_s: float) -> None:
     """The distribution of the TTFT of each policy, and the least P99 possible."""
+    ttfts = {policy: data.ttft_s for policy, data in runs.items()}
+    distribution(path, title, ttfts, "policy", bound_p99_s)
+
+
+def distribution(
+    path: Path,
+    title: str,
+    ttfts: Mapping[str, Seq[float]],
+    what: str,
+    bound_p99_s: float | None = None,
+) -> None:
+    """The distribution of the TTFT, ascending seconds, of each of several `what`."""
     with _figure(path, 7.2, 3.4) as figure:
         axes = figure.subplots()
-        for i, (policy, colour) in enumerate(colours(list(runs)).items()):
-            times = runs[policy].ttft_s
+        for i, (policy, colour) in enumerate(colours(list(ttfts)).items()):
+            times = ttfts[policy]
             axes.step(
                 [times[0], *times],
                 [n / len(times) for n in range(len(times) + 1)],
                 where="post",
                 color=colour,
                 # Thinner and thinner, so that equal curves can all be seen.
-                linewidth=1.6 + 3 * (1 - (i + 1) / len(runs)),
+                linewidth=1.6 + 3 * (1 - (i + 1) / len(ttfts)),
                 label=f"{policy}, {percentile(times, 99):.3g} s",
             )
-        axes.axvline(bound_p99_s, **_BOUND, label=f"bound, {bound_p99_s:.3g} s")
+        if bound_p99_s is not None:
+            axes.axvline(bound_p99_s, **_BOUND, label=f"bound, {bound_p99_s:.3g} s")
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         digits = "25" if high / low < 1000 else ""
@@ -151,7 +169,7 @@ def ttft(path: Path, title: str, runs: Mapping[str, PlotData], bound_p99_s: floa
         axes.set_xlabel("time to first token, s")
         axes.set_ylabel("share of requests")
         axes.set_title(title, loc="left")
-        _legend(axes, title="policy, P99")
+        _legend(axes, title=f"{what}, P99")
 
 
 def queue(path: Path, title: str, runs: Mapping[str, PlotData]) -> None:

@@ -71,31 +71,8 @@ def simulate(
     """
     pending = sorted(arrivals, key=lambda a: a.at_s)
     clock = VirtualClock()
-    executor = SimExecutor(
-        clock,
-        machine.cost,
-        machine.layout,
-        machine.num_blocks,
-        link_gb_s=machine.link_gb_s,
-        lengths=[a.output_tokens for a in pending],
-    )
-    block = machine.layout.block_size
-    served = Engine(
-        executor,
-        policy,
-        SimHost(machine.host_kv_tokens // block),
-        EngineConfig(
-            block_size=block,
-            max_num_seqs=machine.max_num_seqs,
-            max_batch_tokens=machine.max_batch_tokens,
-            max_waiting=1 << 30,
-            **(engine or {}),
-        ),
-        tokenizer=SimTokenizer(),
-        eos_ids=(END,),
-        max_model_len=machine.num_blocks * block,
-        clock=clock,
-    )
+    lengths = [a.output_tokens for a in pending]
+    served, executor = build(machine, policy, clock, lengths, engine or {})
     longest = max((a.prompt_tokens + a.output_tokens for a in pending), default=0)
     if longest > served.max_model_len:
         raise ValueError(
@@ -107,7 +84,7 @@ def simulate(
     added = 0
     while added < len(pending) or served.has_work:
         while added < len(pending) and pending[added].at_s <= clock.now:
-            request = _request(added, pending[added])
+            request = request_of(added, pending[added])
             records[request.request_id] = StreamRecord(request.token_rate, request.arrival_s)
             served.add(request)
             added += 1
@@ -134,7 +111,45 @@ def simulate(
     return Outcome(summarize(ordered), served.stats, ordered, executor.busy_s, samples)
 
 
-def _request(number: int, arrival: Arrival) -> Request:
+def build(
+    machine: Machine,
+    policy: Policy,
+    clock: VirtualClock,
+    lengths: Seq[int],
+    engine: Mapping[str, Any],
+) -> tuple[Engine, SimExecutor]:
+    """The shipped engine on a simulated device; `lengths` are those of the outputs, which the
+    numbers of `request_of` index. `engine` sets further fields of EngineConfig."""
+    block = machine.layout.block_size
+    executor = SimExecutor(
+        clock,
+        machine.cost,
+        machine.layout,
+        machine.num_blocks,
+        link_gb_s=machine.link_gb_s,
+        lengths=lengths,
+    )
+    served = Engine(
+        executor,
+        policy,
+        SimHost(machine.host_kv_tokens // block),
+        EngineConfig(
+            block_size=block,
+            max_num_seqs=machine.max_num_seqs,
+            max_batch_tokens=machine.max_batch_tokens,
+            max_waiting=1 << 30,
+            **engine,
+        ),
+        tokenizer=SimTokenizer(),
+        eos_ids=(END,),
+        max_model_len=machine.num_blocks * block,
+        clock=clock,
+    )
+    return served, executor
+
+
+def request_of(number: int, arrival: Arrival) -> Request:
+    """The engine's request for the `number`-th arrival."""
     return Request(
         request_id=f"{number}",
         prompt_ids=(2,) * arrival.prompt_tokens,

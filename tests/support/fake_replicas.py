@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenflow.cluster.outbox import Outboxes
+from tokenflow.cluster.placing import place
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.wire import Submission
 from tokenflow.replicas.errors import CapacityError
@@ -103,12 +104,10 @@ class FakeHandle:
         return self.replicas[name]
 
     def present(self, *names: str) -> None:
-        REGISTRY.update(names)
+        REGISTRY.update(dict.fromkeys(names, "node"))
 
-    async def _submit(
-        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
-    ) -> str:
-        order = [target] if target else REGISTRY.assign(*route, REGISTRY.replicas)
+    async def _submit(self, submission: Submission, *, target: str | None = None) -> str:
+        order = place(submission, [target] if target else REGISTRY.replicas)
         return self.replicas[order[0]].submit(submission)
 
     def _call(self, method: str) -> Any:

@@ -27,8 +27,8 @@ WHOLE = [100 + n for n in range(LIMIT)]
 @pytest.fixture
 def handle():
     yield FakeHandle("a", "b")
-    REGISTRY.update(())
-    assert not REGISTRY._loads, "a stream is still counted"
+    REGISTRY.update({})
+    assert not REGISTRY._views, "a stream is still counted"
 
 
 @pytest.fixture

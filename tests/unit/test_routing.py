@@ -1,64 +1,224 @@
-"""Which replica a request goes to, and what it counts there."""
+"""Which replica a request goes to: predictions, and how choices fall."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import random
+from collections import Counter
+from dataclasses import replace
 
-from tokenflow.cluster.replica_registry import ReplicaRegistry
-from tokenflow.cluster.routing import Load, rank
+import pytest
 
-NUMBERS = itertools.count()
+from tokenflow.cluster.routing import (
+    ROUTERS,
+    SAMPLE,
+    STALE_S,
+    Ask,
+    ReplicaView,
+    Speeds,
+    Work,
+    counted_rate,
+    foresee,
+    outlook,
+)
+from tokenflow.replicas.load import LoadReport
 
-
-def place(registry: ReplicaRegistry, rates: list[float]) -> dict[str, list[float]]:
-    names = "ab"
-    placed: dict[str, list[float]] = {name: [] for name in names}
-    for rate in rates:
-        placed[registry.assign(f"request {next(NUMBERS)}", rate, names)[0]].append(rate)
-    return placed
-
-
-def test_the_least_declared_rate_comes_first():
-    loads = {"a": Load(1, 30.0), "b": Load(5, 20.0), "c": Load(4, 20.0)}
-    assert rank("abc", loads, 10.0) == ["c", "b", "a"]
-    assert rank("dab", loads, 10.0) == ["d", "b", "a"]
-
-
-def test_without_a_reader_the_fewest_streams_come_first():
-    loads = {"a": Load(1, 30.0), "b": Load(5, 5.0), "c": Load(1, 1.0)}
-    assert rank("abc", loads, math.inf) == ["c", "a", "b"]
-
-
-def test_the_load_stays_a_number_when_those_without_a_reader_come_and_go():
-    registry = ReplicaRegistry()
-    for name, rate in (("x", math.inf), ("y", 20.0), ("z", math.inf)):
-        registry.assign(name, rate, "a")
-    assert registry._loads["a"] == Load(3, 22.0)
-    registry.finish("x")
-    registry.assign("z", 5.0, "a")  # a new attempt replaces the old one
-    assert registry._loads["a"] == Load(2, 25.0)
-    registry.finish("z")
-    assert registry._loads["a"] == Load(1, 20.0)
-    registry.finish("y")
-    registry.finish("y")
-    assert not registry._loads
+MEASURED = LoadReport(
+    number=1,
+    capacity=1000.0,
+    prefill_s=1e-3,
+    load_s=1e-4,
+    memory_tokens=100_000,
+    expected_output=50,
+)
+ASK = Ask(prompt_tokens=100, output_tokens=200, rate=20.0)
 
 
-def test_bursts_of_both_kinds_spread():
-    registry = ReplicaRegistry()
-    readers = place(registry, [20.0] * 6)
-    assert {len(rates) for rates in readers.values()} == {3}
-    others = place(registry, [math.inf] * 6)
-    assert {len(rates) for rates in others.values()} == {3}
+def view(
+    name: str = "a", *, received_s: float = 0.0, node: str = "", **report: float
+) -> ReplicaView:
+    return ReplicaView(name, node, replace(MEASURED, **report), received_s)  # type: ignore[arg-type]
 
 
-def test_one_reader_does_not_drive_all_others_to_one_replica():
-    assert len(place(ReplicaRegistry(), [20.0, *[math.inf] * 9])["a"]) == 5
+def fleet(*views: ReplicaView) -> dict[str, ReplicaView]:
+    return {v.name: v for v in views}
 
 
-def test_readers_spread_whatever_the_others_do():
-    registry = ReplicaRegistry()
-    registry.assign("agent", math.inf, "a")
-    registry.assign("another", math.inf, "a")
-    assert {len(rates) for rates in place(registry, [20.0] * 6).values()} == {3}
+def rank(router: str, known: dict[str, ReplicaView], ask: Ask = ASK, *, seed: int = 0, now=0.0):
+    return ROUTERS[router](random.Random(seed)).rank(ask, list(known), known, now)
+
+
+# -- predictions ----------------------------------------------------------------------------------
+
+
+def test_an_idle_replica_only_has_the_prompt_before_the_first_token():
+    assert outlook(view(), ASK).ttft_s == pytest.approx(0.1)
+
+
+def test_queued_prompts_come_first_reported_or_not():
+    busy = view(queued_tokens=300)
+    busy.unreported.add(ASK)
+    assert outlook(busy, ASK).ttft_s == pytest.approx(0.5)
+
+
+def test_beyond_the_rates_that_can_be_promised_a_part_of_all_work_drains_first():
+    # Twice what can be promised: half of it has to end.
+    full = view(rate=2 * 920.0 - 20.0, remaining_tokens=8000, active=40)
+    seen = outlook(full, ASK)
+    assert seen.utilisation == pytest.approx(2.0)
+    assert seen.ttft_s == pytest.approx(0.5 * 8.0 + 0.5 * 0.1)
+
+
+def test_memory_that_is_spoken_for_drains_as_well():
+    full = view(kv_tokens=200_000, remaining_tokens=10_000)
+    assert outlook(full, ASK).ttft_s == pytest.approx(0.5 * 10.0, rel=0.02)
+
+
+def test_an_output_counts_as_long_as_outputs_are_and_not_as_long_as_it_may_be():
+    def behind(limit: int, expected: int) -> float:
+        full = view(rate=2000.0, remaining_tokens=1000, expected_output=expected)
+        full.unreported.add(replace(ASK, output_tokens=limit))
+        return outlook(full, ASK).ttft_s
+
+    assert behind(50, 50) == pytest.approx(behind(100_000, 50))
+    assert behind(100_000, 0) > 10 * behind(100_000, 50)
+
+
+def test_whoever_is_alone_waits_for_nobody_however_fast_he_reads():
+    assert outlook(view(), replace(ASK, rate=1e6)).ttft_s <= 0.1
+
+
+def test_what_a_new_replica_has_not_measured_is_what_others_have():
+    new = view(capacity=0.0, prefill_s=0.0, load_s=0.0)
+    assert not outlook(new, ASK).measured and outlook(view(), ASK).measured
+    assert outlook(new, replace(ASK, prompt_tokens=1)).score < outlook(new, ASK).score
+    assert outlook(new, ASK, Speeds(1000.0, 1e-3, 1e-4)) == outlook(view(), ASK)
+
+
+def test_small_differences_of_measured_speeds_draw_nobody():
+    speeds = Speeds(1000.0, 1e-3, 1e-4)
+    assert outlook(view(prefill_s=0.6e-3, capacity=1900.0), ASK, speeds) == outlook(view(), ASK)
+    assert outlook(view(prefill_s=0.4e-3), ASK, speeds).ttft_s == pytest.approx(0.04)
+    assert outlook(view(prefill_s=3e-3), ASK, speeds).ttft_s == pytest.approx(0.3)
+
+
+def test_kv_saves_its_prefill_on_its_replica_and_less_the_load_on_its_node():
+    ask = replace(ASK, cached_on="a", cached_tokens=64, kv_node="n", kv_tokens=64)
+    assert outlook(view("a", node="n"), ask).ttft_s == pytest.approx(0.036)
+    assert outlook(view("b", node="n"), ask).ttft_s == pytest.approx(0.1 - 64 * 0.9e-3)
+    assert outlook(view("c", node="m"), ask).ttft_s == pytest.approx(0.1)
+
+
+def test_requests_on_their_way_count_in_equal_parts():
+    ahead = Work()
+    for _ in range(4):
+        ahead.add(ASK)
+    assert ahead.share(2) == Work(2, 40.0, 200, 400)
+    assert outlook(view(), ASK, ahead=ahead.share(2)).ttft_s == pytest.approx(0.3)
+
+
+def test_what_has_been_counted_can_be_discounted_without_a_trace():
+    work = Work()
+    for rate in (0.1, 0.2, 0.3):
+        work.add(replace(ASK, rate=rate))
+    for rate in (0.1, 0.2, 0.3):
+        work.add(replace(ASK, rate=rate), -1)
+    assert work == Work()
+
+
+def test_without_a_reader_a_request_counts_with_a_finite_rate():
+    assert counted_rate(float("inf")) == 1.0
+    assert counted_rate(12.5) == 12.5
+
+
+# -- choices --------------------------------------------------------------------------------------
+
+
+def test_the_nearest_first_token_wins():
+    known = fleet(view("a", queued_tokens=1000), view("b"), view("c", queued_tokens=500))
+    assert rank("burst", known) == ["b", "c", "a"]
+
+
+def test_where_the_first_token_is_as_near_headroom_decides():
+    known = fleet(view("a", rate=800.0), view("b", rate=100.0))
+    assert rank("burst", known)[0] == "b"
+
+
+def test_long_prompts_count_for_what_they_are():
+    known = fleet(view("a"), view("b"))
+    known["a"].unreported.add(replace(ASK, prompt_tokens=4000))
+    for _ in range(3):
+        best = rank("burst", known)[0]
+        assert best == "b"
+        known[best].unreported.add(ASK)
+
+
+def test_a_burst_spreads_evenly_before_any_new_report():
+    known = fleet(*(view(name) for name in "abcd"))
+    router = ROUTERS["burst"](random.Random(1))
+    placed: Counter[str] = Counter()
+    for _ in range(200):
+        best = router.rank(ASK, list(known), known, 0.0)[0]
+        known[best].own.add(ASK)
+        known[best].unreported.add(ASK)
+        placed[best] += 1
+    assert set(placed.values()) == {50}
+
+
+def test_routers_that_know_the_same_do_not_all_choose_the_same():
+    known = fleet(*(view(name) for name in "abcd"))
+    first = Counter(rank("burst", known, seed=seed)[0] for seed in range(400))
+    assert min(first.values()) > 60
+
+
+def test_kv_that_lies_there_is_worth_a_short_queue_and_not_a_long_one():
+    ask = replace(ASK, prompt_tokens=1000, cached_on="a", cached_tokens=960)
+    assert rank("burst", fleet(view("a", queued_tokens=500), view("b")), ask)[0] == "a"
+    assert rank("burst", fleet(view("a", queued_tokens=1500), view("b")), ask)[0] == "b"
+
+
+def test_a_stale_replica_is_avoided_while_any_other_is_heard_of():
+    now = 100.0
+    known = fleet(view("a"), view("b", received_s=now - 1, queued_tokens=10_000))
+    assert rank("burst", known, now=now) == ["b"]
+
+
+def test_with_nothing_but_stale_reports_it_is_the_power_of_two_choices():
+    names = "abcdef"
+    known = fleet(*(view(name, received_s=-STALE_S - 1) for name in names))
+    for name in names[1:]:
+        known[name].own.streams = 5
+    firsts = Counter(rank("burst", known, seed=seed)[0] for seed in range(600))
+    # The idle one wins whenever it is drawn: in two of six cases; the others share the rest.
+    assert 150 < firsts["a"] < 250
+    assert set(firsts) == set(names)
+
+
+def test_of_many_a_sample_and_whoever_has_the_kv():
+    known = fleet(*(view(f"{i}", queued_tokens=i) for i in range(200)))
+    ask = replace(ASK, cached_on="199", cached_tokens=64)
+    seen = foresee(ask, list(known), known, 0.0, random.Random(1))
+    assert SAMPLE <= len(seen) <= SAMPLE + 1
+    assert "199" in [name for _, name in seen]
+    scores = [o.score for o, _ in seen]
+    assert scores[0] <= min(scores) + 0.01
+
+
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+def test_every_router_answers_whatever_is_known(router):
+    known = fleet(view("a"), view("b"))
+    for views in ({}, fleet(view("a")), known):
+        order = ROUTERS[router](random.Random(1)).rank(ASK, ["a", "b"], views, 0.0)
+        assert order and set(order) <= {"a", "b"} and len(set(order)) == len(order)
+    assert ROUTERS[router](random.Random(1)).rank(ASK, [], known, 0.0) == []
+
+
+def test_the_others_do_as_they_are_called():
+    known = fleet(view("a", active=3), view("b", active=1), view("c", active=2))
+    assert rank("least-requests", known) == ["b"]
+    turns = ROUTERS["round-robin"](random.Random(1))
+    order = [turns.rank(ASK, list(known), known, 0.0)[0] for _ in range(6)]
+    assert order[:3] == order[3:] and set(order) == set("abc")
+    pairs = [rank("power-of-two", known, seed=seed) for seed in range(50)]
+    assert all(known[x].report.active <= known[y].report.active for x, y in pairs)
+    assert {first for first, _ in pairs} == {"b", "c"}
+    assert len({rank("random", known, seed=seed)[0] for seed in range(50)}) == 3

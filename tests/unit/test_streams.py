@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tokenflow.cluster.placing import place
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
@@ -155,14 +156,12 @@ class Replicas:
         self.loads: list[float] = []
         self.submit = SimpleNamespace(remote=lambda *a, **k: Response(self._submit(*a, **k)))
 
-    async def _submit(
-        self, submission: Submission, *, route: tuple[str, float], target: str | None = None
-    ) -> str:
-        submission, route = pickle.loads(pickle.dumps((submission, route)))
+    async def _submit(self, submission: Submission, *, target: str | None = None) -> str:
+        submission = pickle.loads(pickle.dumps(submission))
         name = "ab"[len(self.submissions)]
         self.submissions.append(submission)
-        REGISTRY.assign(*route, [name])
-        self.loads.append(REGISTRY._loads[name].rate)
+        place(submission, [name])
+        self.loads.append(REGISTRY._views[name].own.rate)
         return name
 
     def options(self, **_: Any) -> SimpleNamespace:
@@ -193,7 +192,7 @@ async def test_a_stream_that_moves_keeps_its_rate_its_salt_and_its_cached_tokens
     assert [s.cache_salt for s in replicas.submissions] == ["salt", "salt"]
     assert stream.cached_tokens == 2
     assert replicas.loads == [counted, counted]
-    assert not REGISTRY._loads
+    assert not REGISTRY._views
     for task in manager._calls.tasks:
         task.cancel()
 

@@ -18,8 +18,8 @@ def test_events_survive_a_frame():
     ]
     frame = pack(events)
     assert {type(item) for item in frame} == {tuple}
-    arrived, notices = unpack(pickle.loads(pickle.dumps(frame)))
-    assert notices == []
+    arrived, notices, news = unpack(pickle.loads(pickle.dumps(frame)))
+    assert notices == [] and news is None
     assert arrived == events
     assert [event.cached_tokens for event in arrived] == [32, 0, 0]
 

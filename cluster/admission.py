@@ -1,0 +1,53 @@
+"""Whether a request is taken now: by when its first token is predicted to come.
+
+Beyond a bound it is refused with a time after which it is worth another try, so that no queue grows
+without end, and what streams already keeps its rate: a replica promises rates only up to its
+capacity, and memory that is spoken for counts like rates (`routing.outlook`). Judging is a pure
+function; the predictions are the router's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+from tokenflow.cluster.replica_registry import REGISTRY, ReplicaRegistry
+from tokenflow.cluster.routing import Ask, Outlook
+from tokenflow.replicas.errors import CapacityError
+
+
+def judge(
+    seen: Outlook | None, *, max_ttft_s: float | None, time_left_s: float | None = None
+) -> None:
+    """Raises CapacityError when the first token is not predicted within `max_ttft_s` seconds (None:
+    no bound), or not before the client's own deadline in `time_left_s`. Nothing is refused while
+    nothing is measured, or nothing known (`seen` is None).
+
+    Backlog drains by a second per second at best: the time to wait is what is above the bound.
+    """
+    if seen is None or not seen.measured:
+        return
+    for bound, whose in ((max_ttft_s, "the limit is"), (time_left_s, "your timeout leaves")):
+        if bound is not None and seen.ttft_s > bound:
+            raise CapacityError(
+                f"The cluster is overloaded: the first token is expected in {seen.ttft_s:.1f} s, "
+                f"{whose} {max(bound, 0):.1f} s; try again later.",
+                retry_after_s=max(1.0, seen.ttft_s - max(bound, 0.0)),
+            )
+
+
+@contextlib.contextmanager
+def admitted(
+    asks: Seq[Ask],
+    *,
+    max_ttft_s: float | None,
+    time_left_s: float | None = None,
+    registry: ReplicaRegistry = REGISTRY,
+) -> Iterator[None]:
+    """Judge requests that come together and, while they are being placed, count them for those
+    that come after them. Raises CapacityError."""
+    with registry.reserve(asks[1:]):
+        judge(registry.foresee(asks[0]), max_ttft_s=max_ttft_s, time_left_s=time_left_s)
+        with registry.reserve(asks[:1]):
+            yield

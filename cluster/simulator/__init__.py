@@ -1,0 +1,1 @@
+"""The cluster on a virtual clock: the shipped router before many simulated replicas."""
