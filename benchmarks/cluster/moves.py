@@ -3,8 +3,8 @@
 `bytes`: blocks from one store into another, the other in a process of its own, beside a plain TCP
 connection over loopback between the same two processes, and memcpy; in turn, the same bytes.
 `ray`: as many bytes as a Ray object between actors on two Ray nodes of this machine, into place.
-`move`: a stream with a long context is moved between two replicas, each on a Ray node of its own,
-in turn with its KV fetched and computed again; seconds from the order to its next token.
+`move`: a stream with a long context goes on at another replica, on a Ray node of its own, in turn
+with its KV fetched and computed again; seconds from its submission there to its next token.
 
 Run: python benchmarks/cluster/moves.py [--repeats N] [--model FOLDER] [--json FILE]
 The embedded model has 1,024 tokens of context; benchmarks/peers/make_checkpoint.py makes a model
@@ -26,6 +26,7 @@ import socket
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,7 @@ from tokenflow.cluster.config import load_config
 from tokenflow.cluster.local import LocalCluster, free_port
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.streams import Stream, StreamManager
+from tokenflow.cluster.wire import Submission
 from tokenflow.kvstore.client import HostSlots
 from tokenflow.kvstore.control import LocalStoreControl
 from tokenflow.kvstore.exchange import Exchange
@@ -52,8 +54,8 @@ SIZES = {
     "2k tokens of Llama3-8B bf16": (128, 2 << 20),
 }
 """(blocks, bytes of a block)."""
-OUTPUT_TOKENS = 120
-MOVE_AFTER_TOKENS = 40
+SO_FAR_TOKENS = 40
+"""Tokens a stream has when it moves."""
 
 
 # -- bytes ----------------------------------------------------------------------------------------
@@ -177,24 +179,41 @@ def move_objects(nodes: list[str], total: int, repeats: int) -> float:
 # -- move -----------------------------------------------------------------------------------------
 
 
-async def gap(manager: StreamManager, prompt: tuple[int, ...], fetch: bool) -> tuple[float, int]:
-    """Seconds from the order to move a stream to its next token, and the blocks that came."""
-    params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True, temperature=0.0)
-    stream = Stream(manager, "r", prompt, params, 20.0, os.urandom(8).hex())
+async def gap(
+    handle: Any, manager: StreamManager, prompt: tuple[int, ...], fetch: bool
+) -> tuple[float, int]:
+    """A stream that has run on one replica is submitted to the other: seconds to its next token,
+    and the blocks that came."""
+    params = SamplingParams(max_tokens=SO_FAR_TOKENS, ignore_eos=True, temperature=0.0)
+    salt = os.urandom(8).hex()
+    stream = Stream(manager, "r", prompt, params, 20.0, salt)
     await manager.open(stream)
-    before = await _fetched(manager)
-    begun = seconds = 0.0
+    source = stream.replica_id or ""
     async for _ in stream.batches(0.0):
-        if begun and not seconds:
-            seconds = time.perf_counter() - begun
-        if not begun and len(stream.token_ids) >= MOVE_AFTER_TOKENS:
-            target = next(name for name in REGISTRY.replicas if name != stream.replica_id)
-            known = REGISTRY.node_of
-            if not fetch:
-                REGISTRY.node_of = lambda _: ""  # type: ignore[method-assign]
-            begun = time.perf_counter()
-            await manager.move_to(stream, target)
-            REGISTRY.node_of = known  # type: ignore[method-assign]
+        pass
+    target = next(name for name in REGISTRY.replicas if name != source)
+    before = await _fetched(manager)
+    ingress_id, request_id = os.urandom(8).hex(), os.urandom(8).hex()
+    frames = handle.options(stream=True, method_name="frames").remote(ingress_id, target=target)
+    await anext(frames)
+    submission = Submission(
+        request_id=request_id,
+        ingress_id=ingress_id,
+        prompt_ids=prompt,
+        params=replace(params, max_tokens=SO_FAR_TOKENS + 1),
+        token_rate=20.0,
+        resumed_ids=tuple(stream.token_ids),
+        cache_salt=salt,
+        kv_source=REGISTRY.node_of(source) if fetch else None,
+    )
+    begun = time.perf_counter()
+    await handle.submit.remote(submission, route=(request_id, 20.0), target=target)
+    async for frame in frames:
+        if any(item[0] == request_id for item in frame):
+            break
+    seconds = time.perf_counter() - begun
+    REGISTRY.finish(request_id)
+    frames.cancel()
     return seconds, await _fetched(manager) - before
 
 
@@ -205,24 +224,23 @@ async def _fetched(manager: StreamManager) -> int:
 async def move_streams(prompt_tokens: int, repeats: int) -> dict[str, Any]:
     from ray import serve
 
-    manager = StreamManager(
-        serve.get_deployment_handle("replica", "tokenflow"), failover_timeout_s=60
-    )
+    handle = serve.get_deployment_handle("replica", "tokenflow")
+    manager = StreamManager(handle, failover_timeout_s=60)
     info = await manager.info(30.0)
-    prompt_tokens = min(prompt_tokens, info["max_model_len"] - OUTPUT_TOKENS - 1)
+    prompt_tokens = min(prompt_tokens, info["max_model_len"] - SO_FAR_TOKENS - 1)
     times: dict[bool, list[float]] = {True: [], False: []}
     blocks = 0
     for repeat in range(repeats + 1):
         for fetch in (True, False) if repeat % 2 else (False, True):
             rng = random.Random(2 * repeat + fetch)
             prompt = tuple(rng.randrange(10, info["vocab_size"]) for _ in range(prompt_tokens))
-            seconds, came = await gap(manager, prompt, fetch)
+            seconds, came = await gap(handle, manager, prompt, fetch)
             assert bool(came) == fetch, f"{came} blocks were fetched"
             if repeat:  # the first ones warm up both replicas and the link
                 times[fetch].append(seconds)
                 blocks = came or blocks
     return {
-        "context tokens": prompt_tokens + MOVE_AFTER_TOKENS,
+        "context tokens": prompt_tokens + SO_FAR_TOKENS,
         "blocks fetched": blocks,
         "fetched s": median(times[True]),
         "computed s": median(times[False]),
