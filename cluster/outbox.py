@@ -8,8 +8,9 @@ over. No Ray in here, and no engine but the two calls it needs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from tokenflow.cluster.wire import (
     Submission,
     pack,
 )
-from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.replicas.errors import InvalidRequestError, RequestCancelledError
 from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
@@ -36,7 +37,7 @@ class EngineDoor(Protocol):
     def change_reader(self, request_id: str, change: ReaderChange) -> None: ...
 
 
-class Outbox:
+class _Outbox:
     """What one ingress has not fetched yet."""
 
     __slots__ = (
@@ -114,7 +115,9 @@ class Outboxes:
         self._load = load
         self._healthy = healthy
         self._taken = 0
-        self._outboxes: dict[str, Outbox] = {}
+        self._expected: dict[str, bool] = {}
+        """Requests that are not taken yet; whether they still are wanted."""
+        self._outboxes: dict[str, _Outbox] = {}
         self._requests: dict[str, _Request] = {}
 
     # -- from the engine ------------------------------------------------------------------------
@@ -146,6 +149,18 @@ class Outboxes:
 
     # -- from ingresses -------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def expecting(self, request_id: str) -> Iterator[None]:
+        """While the body runs a request may be cancelled that is yet to be taken. Raises
+        RequestCancelledError after it when that has happened."""
+        self._expected[request_id] = True
+        try:
+            yield
+        finally:
+            wanted = self._expected.pop(request_id)
+        if not wanted:
+            raise RequestCancelledError("The request was cancelled before it began.")
+
     def take(self, submission: Submission) -> None:
         """A request that the engine has accepted."""
         request = self._requests[submission.request_id] = _Request(submission)
@@ -157,6 +172,8 @@ class Outboxes:
     def cancel(self, request_ids: Iterable[str]) -> None:
         """End requests and forget them; unknown ids are ignored."""
         for request_id in request_ids:
+            if request_id in self._expected:
+                self._expected[request_id] = False
             self._engine.cancel(request_id)
             if (request := self._requests.get(request_id)) is not None:
                 self._drop(request)
@@ -251,19 +268,19 @@ class Outboxes:
     def _of_client(self, client_id: str) -> list[_Request]:
         return [r for r in self._requests.values() if r.submission.client_id == client_id]
 
-    def _outbox(self, ingress_id: str) -> Outbox:
+    def _outbox(self, ingress_id: str) -> _Outbox:
         outbox = self._outboxes.get(ingress_id)
         if outbox is None:
-            outbox = self._outboxes[ingress_id] = Outbox()
+            outbox = self._outboxes[ingress_id] = _Outbox()
             # An ingress that died before it could listen must not leave its requests here.
             self._later(self._abandon_unheard, ingress_id, outbox)
         return outbox
 
-    def _abandon_unheard(self, ingress_id: str, outbox: Outbox) -> None:
+    def _abandon_unheard(self, ingress_id: str, outbox: _Outbox) -> None:
         if outbox.connection is None and self._outboxes.get(ingress_id) is outbox:
             self._abandon(ingress_id, outbox)
 
-    def _abandon(self, ingress_id: str, outbox: Outbox) -> None:
+    def _abandon(self, ingress_id: str, outbox: _Outbox) -> None:
         """The ingress is gone: end what ends with it, keep the rest for the next one."""
         if self._outboxes.get(ingress_id) is outbox:
             del self._outboxes[ingress_id]

@@ -160,7 +160,8 @@ class Replica:
             cache_salt=submission.cache_salt,
             arrival_s=time.monotonic() - submission.waited_s,
         )
-        await self._fetch_kv(request, submission.kv_source)
+        with self._outboxes.expecting(request.request_id):
+            await self._fetch_kv(request, submission.kv_source)
         self._engine.submit(request)
         self._outboxes.take(submission)
         return self._replica_id

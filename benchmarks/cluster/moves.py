@@ -207,7 +207,7 @@ async def gap(
         kv_source=REGISTRY.node_of(source) if fetch else None,
     )
     begun = time.perf_counter()
-    await handle.submit.remote(submission, route=(request_id, 20.0), target=target)
+    await handle.submit.remote(submission, target=target)
     async for frame in frames:
         if any(item[0] == request_id for item in frame):
             break

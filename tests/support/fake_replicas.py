@@ -13,6 +13,7 @@ from tokenflow.cluster.placing import place
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.wire import Submission
 from tokenflow.replicas.errors import CapacityError
+from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
 
@@ -29,7 +30,11 @@ class FakeReplica:
         self.full = self.hung = self.dead = False
         self.first_token = 100
         self.outboxes = Outboxes(
-            self, grace_s=5, heartbeat_s=heartbeat_s, healthy=lambda: not self.hung
+            self,
+            grace_s=5,
+            heartbeat_s=heartbeat_s,
+            load=LoadReport,
+            healthy=lambda: not self.hung,
         )
 
     def cancel(self, request_id: str) -> None:

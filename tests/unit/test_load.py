@@ -90,16 +90,6 @@ def test_a_frame_carries_the_load_before_its_events():
     assert unpack([]) == ([], [], None)
 
 
-def test_a_subscriber_is_told_each_load_once_and_which_of_its_requests_that_knows():
-    from tokenflow.cluster.outbox import Outbox
-
-    subscriber = Outbox()
-    subscriber.unreported = {"x": 3, "y": 5}
-    assert subscriber.news(LoadReport(number=1, requests=4)).request_ids == ("x",)
-    assert subscriber.news(LoadReport(number=1, requests=4)) is None
-    assert subscriber.news(LoadReport(number=2, requests=5)).request_ids == ("y",)
-
-
 def test_what_a_submission_asks_for():
     first = Submission("x#1", "i", (1,) * 200, SamplingParams(max_tokens=50), math.inf)
     ask = ask_of(first)

@@ -79,6 +79,7 @@ async def test_a_planned_move_loses_and_repeats_nothing(handle, manager):
     assert await manager.move_to(stream, new.name)
     assert not await manager.move_to(stream), "it is moving"
     assert new.submissions[0].resumed_ids == (100, 101, 102)
+    assert new.submissions[0].kv_source == "node"
     # Both are at it: the old one goes on until the new one speaks.
     await step(stream, old, 2)
     new.step(4)

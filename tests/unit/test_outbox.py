@@ -8,8 +8,8 @@ import math
 import pytest
 
 from tokenflow.cluster.outbox import Outboxes
-from tokenflow.cluster.wire import Notice, Submission, unpack, unpack_events
-from tokenflow.replicas.errors import InvalidRequestError
+from tokenflow.cluster.wire import LoadNews, Notice, Submission, unpack, unpack_events
+from tokenflow.replicas.errors import InvalidRequestError, RequestCancelledError
 from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
@@ -71,7 +71,9 @@ async def test_each_ingress_gets_its_own_events_in_order(boxes):
 
 async def test_an_idle_replica_beats_unless_its_engine_is_stuck(engine):
     health = [True]
-    boxes = Outboxes(engine, grace_s=1, heartbeat_s=0.01, healthy=lambda: health[0])
+    boxes = Outboxes(
+        engine, grace_s=1, heartbeat_s=0.01, load=LoadReport, healthy=lambda: health[0]
+    )
     frames = await listen(boxes)
     assert await asyncio.wait_for(anext(frames), 5) == []
     health[0] = False
@@ -80,6 +82,28 @@ async def test_an_idle_replica_beats_unless_its_engine_is_stuck(engine):
     assert not waiting.done()
     health[0] = True
     assert await asyncio.wait_for(waiting, 5) == []
+
+
+async def test_each_load_is_told_once_with_the_requests_it_knows_of(engine):
+    load = LoadReport()
+    boxes = Outboxes(engine, grace_s=1, heartbeat_s=0.01, load=lambda: load, healthy=lambda: True)
+    frames = await listen(boxes)
+    boxes.take(submission("a"))
+    boxes.take(submission("b"))
+    load = LoadReport(number=1, requests=1)
+    assert unpack(await anext(frames))[2] == LoadNews(load, ("a#1",))
+    assert unpack(await anext(frames))[2] is None
+    load = LoadReport(number=2, requests=2)
+    assert unpack(await anext(frames))[2] == LoadNews(load, ("b#1",))
+
+
+async def test_a_request_that_is_cancelled_on_its_way_never_begins(boxes, engine):
+    with boxes.expecting("a#1"):
+        boxes.cancel(["other#1"])
+    with pytest.raises(RequestCancelledError), boxes.expecting("a#1"):
+        boxes.cancel(["a#1"])
+    with boxes.expecting("a#1"):
+        pass
 
 
 async def test_what_cannot_be_resumed_ends_with_its_ingress(boxes, engine):
