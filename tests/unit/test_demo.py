@@ -91,7 +91,7 @@ class FakeServer(ThreadingHTTPServer):
         )
         odd = replace(stats, resumes=moved - moved // 2)
         pair = [stats.to_dict() | {"replica_id": "a"}, odd.to_dict() | {"replica_id": "b"}]
-        return render(pair, ingress="i", streams=0, failovers=0)
+        return render(pair, ingress="i", streams=0, failovers=0, moves=0)
 
 
 class Servers:
