@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,9 @@ from tokenflow.replicas.tokenizer import check_tokenizer
 
 _ANSWER_TIMEOUT_S = 60.0
 _STEADY_S = 1.0
+_PORTS = 100
+"""Kept for the servers of one cluster's ingresses."""
+_PORT_RANGE = (20_000, 30_000)
 
 
 class ServingError(TokenFlowError):
@@ -105,6 +109,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _free_ports() -> int:
+    """The first of `_PORTS` ports in a row that nobody listens on right now."""
+    blocks = list(range(*_PORT_RANGE, _PORTS))
+    random.shuffle(blocks)
+    for first in blocks:
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + _PORTS):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise ServingError(f"no {_PORTS} free ports in a row between {_PORT_RANGE}.")
 
 
 class LocalCluster:
@@ -250,6 +266,12 @@ class LocalCluster:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+            # The ingresses' own servers: gRPC would share a port with those of another cluster,
+            # and each get a part of the other's requests.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first := _free_ports()),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS // 2),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + _PORTS // 2 + 1),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + _PORTS - 1),
         }
         if self._loopback:
             # Keeps Ray on 127.0.0.1 instead of the first network interface.

@@ -24,6 +24,7 @@ def test_a_client_that_disconnects_frees_its_blocks_within_a_second(server):
     ):
         assert answer.status_code == 200
         lines = answer.iter_lines()  # kept: dropping the iterator closes the connection
+        assert next(lines).startswith("id: ")
         assert "choices" in next(lines)
         assert server.metric("tokenflow_running_requests") == 1
     assert server.wait_idle() < 1.0
