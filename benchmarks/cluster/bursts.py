@@ -21,6 +21,8 @@ from tokenflow.loadgen.targets.grpc import GrpcTarget
 from tokenflow.loadgen.workload import Ask
 
 CHANNELS = 4
+# Never on a cluster that happens to run on the machine.
+os.environ.setdefault("RAY_ADDRESS", "local")
 
 
 def skewed(rng: random.Random, mean: float, sigma: float, least: int, most: int) -> int:
