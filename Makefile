@@ -19,7 +19,8 @@ demo: setup
 	$(BIN)/tokenflow demo
 
 test: setup lint typecheck
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/apart
+	$(BIN)/python -m pytest tests/apart
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit tests/property
