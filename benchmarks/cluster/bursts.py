@@ -20,7 +20,8 @@ from tokenflow.loadgen.metrics import StreamRecord
 from tokenflow.loadgen.targets.grpc import GrpcTarget
 from tokenflow.loadgen.workload import Ask
 
-CHANNELS = 4
+CHANNELS = 32
+"""Connections; a server takes about a hundred streams on each."""
 # Never on a cluster that happens to run on the machine.
 os.environ.setdefault("RAY_ADDRESS", "local")
 

@@ -20,6 +20,11 @@ from tokenflow.loadgen.workload import Ask
 _CONNECT_TIMEOUT_S = 10.0
 
 
+# Channels to one address share a connection otherwise, and HTTP/2 servers take a hundred streams on
+# each: what waits for one never gets to the server.
+_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
 class GrpcTarget:
     """A cluster's gRPC endpoint."""
 
@@ -39,7 +44,7 @@ class GrpcTarget:
 
     async def open(self) -> Opened:
         """Raises TargetError when it does not answer."""
-        self._channel = grpc.aio.insecure_channel(self._address)
+        self._channel = grpc.aio.insecure_channel(self._address, options=_OWN_CONNECTION)
         self._stub = InferenceStub(self._channel)
         try:
             info = await self._stub.GetModelInfo(
