@@ -18,8 +18,9 @@ DONE = b"data: [DONE]\n\n"
 _LINE_SEPARATORS = (("\u2028", "\\u2028"), ("\u2029", "\\u2029"), ("\x85", "\\u0085"))
 # Made once: `json.dumps` with arguments makes an encoder for each call.
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-HEARTBEAT = b": waiting\n\n"
-"""A comment of the event stream, which clients skip."""
+HEARTBEAT = b": waiting\n"
+"""A comment of the event stream, which clients skip. Without an empty line: some take the end of an
+event that has nothing but the id of the one before for an event."""
 
 
 def sse(data: dict[str, Any], event_id: str | None = None) -> bytes:

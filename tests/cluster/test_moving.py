@@ -17,7 +17,7 @@ from tokenflow.cluster.config import ClusterConfig
 pytestmark = pytest.mark.cluster
 
 REPLICA = "ray::ServeReplica:tokenflow:replica"
-TOKENS = 150
+TOKENS = 600
 
 
 def changed(config: ClusterConfig, **sections: dict) -> ClusterConfig:
@@ -91,7 +91,7 @@ class Load:
 async def test_the_streams_of_a_replica_that_hangs_move_and_it_is_avoided(server, client):
     moved = server.metric("tokenflow_failovers_total")
     async with Load(server, client, "hang") as load:
-        pid = ray_pids(REPLICA)[0]
+        pid = server.busiest()
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(server.config.ingress.replica_silence_s + 4)

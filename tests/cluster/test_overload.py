@@ -22,7 +22,7 @@ from tokenflow.cluster.rpc.stub import InferenceStub
 
 pytestmark = pytest.mark.cluster
 
-TOKENS = 200
+TOKENS = 500
 RATE = 1000.0
 """tokens/s: a few such readers are more than the embedded model can serve."""
 
@@ -79,7 +79,7 @@ async def test_beyond_the_bound_requests_are_refused_with_a_time_and_the_others_
     reserve(limits={"max_predicted_ttft_s": 1.5})
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
         await asyncio.gather(*(ask(client, server, max_tokens=60) for _ in range(8)))
-        load = [asyncio.create_task(ask(client, server)) for _ in range(60)]
+        load = [asyncio.create_task(ask(client, server)) for _ in range(100)]
         await asyncio.sleep(1.0)
         refused, _, _ = await ask(client, server)
         async with grpc.aio.insecure_channel(server.grpc) as channel:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from tests.support.processes import replica_pids
 from tokenflow.cluster.config import ClusterConfig, load_config
 from tokenflow.cluster.local import LocalCluster, free_port
 
@@ -45,6 +46,11 @@ class Server:
         """A metric of each living replica."""
         lines = [line for line in self._scrape().splitlines() if line.startswith(name + "{")]
         return {line.split('replica="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
+    def busiest(self) -> int:
+        """The process of the replica that runs most requests."""
+        running = self.by_replica("tokenflow_running_requests")
+        return replica_pids()[max(running, key=running.__getitem__)]
 
     def wait_idle(self, timeout_s: float = 10) -> float:
         """Wait until every device block is free; returns the seconds it took."""

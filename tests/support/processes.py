@@ -14,6 +14,16 @@ def ray_pids(title: str) -> list[int]:
     return [pid for pid, command in processes_of(session).items() if command.startswith(title)]
 
 
+def replica_pids() -> dict[str, int]:
+    """The live replicas of this process's cluster: process by replica id, as metrics have it."""
+    return {
+        actor["Name"].rpartition("#")[2]: actor["Pid"]
+        for actor in ray._private.state.actors().values()
+        if actor["State"] == "ALIVE"
+        and actor["Name"].startswith("SERVE_REPLICA::tokenflow#replica#")
+    }
+
+
 def processes_of(session_directory: str, marker: str = "") -> dict[int, str]:
     """Command lines by pid of live processes that have a file open below a Ray session's
     directory, or carry `marker` in their environment."""
