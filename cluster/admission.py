@@ -1,4 +1,4 @@
-"""Whether a request is taken now: by when its first token is predicted to come.
+"""Whether a request is taken now: by when its first token is predicted to come, and its rate.
 
 Beyond a bound it is refused with a time after which it is worth another try, so that no queue grows
 without end, and what streams already keeps its rate: a replica promises rates only up to its
@@ -20,20 +20,24 @@ from tokenflow.replicas.errors import CapacityError
 def judge(
     seen: Outlook | None, *, max_ttft_s: float | None, time_left_s: float | None = None
 ) -> None:
-    """Raises CapacityError when the first token is not predicted within `max_ttft_s` seconds (None:
-    no bound), or not before the client's own deadline in `time_left_s`. Nothing is refused while
-    nothing is measured, or nothing known (`seen` is None).
+    """Raises CapacityError when a request is not predicted to have its first token and its rate
+    within `max_ttft_s` seconds (None: no bound), or not its first token before the client's own
+    deadline in `time_left_s`. Nothing is refused while nothing is measured, or nothing known
+    (`seen` is None).
 
     Backlog drains by a second per second at best: the time to wait is what is above the bound.
     """
     if seen is None or not seen.measured:
         return
-    for bound, whose in ((max_ttft_s, "the limit is"), (time_left_s, "your timeout leaves")):
-        if bound is not None and seen.ttft_s > bound:
+    for wait_s, bound, whose in (
+        (seen.promised_s, max_ttft_s, "the limit is"),
+        (seen.ttft_s, time_left_s, "your timeout leaves"),
+    ):
+        if bound is not None and wait_s > bound:
             raise CapacityError(
-                f"The cluster is overloaded: the first token is expected in {seen.ttft_s:.1f} s, "
+                f"The cluster is overloaded: you would be served in {wait_s:.1f} s, "
                 f"{whose} {max(bound, 0):.1f} s; try again later.",
-                retry_after_s=max(1.0, seen.ttft_s - max(bound, 0.0)),
+                retry_after_s=max(1.0, wait_s - max(bound, 0.0)),
             )
 
 

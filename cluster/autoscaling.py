@@ -21,12 +21,12 @@ _NOTHING = Ask(prompt_tokens=0, output_tokens=0, rate=0.0)
 
 def measures(report: LoadReport) -> dict[str, float]:
     """What a replica reports for scaling: the share of what it may promise that is promised, above
-    1 when readers wait for others to end; and the seconds a new request waits. Both 0 while it has
-    measured nothing."""
+    1 when readers wait for others to end; and the seconds a new request waits for its rate. Both
+    0 while it has measured nothing."""
     seen = outlook(ReplicaView(report=report), _NOTHING)
     if not seen.measured:
         return {UTILISATION: 0.0, TTFT: 0.0}
-    return {UTILISATION: seen.utilisation, TTFT: seen.ttft_s}
+    return {UTILISATION: seen.utilisation, TTFT: seen.promised_s}
 
 
 def wanted(

@@ -155,6 +155,8 @@ class Outlook:
 
     ttft_s: float
     """Seconds to its first token."""
+    promised_s: float
+    """Seconds until its rate can be promised: until then it gets what others leave."""
     utilisation: float
     """Of what may be promised: rates or memory, whichever is nearer its end; above 1, the request
     waits for others to end."""
@@ -171,10 +173,10 @@ def outlook(
 ) -> Outlook:
     """The prediction for a request that were sent there now.
 
-    Prompts are prefilled one after the other. Readers beyond the rates that can be promised, and KV
-    beyond the memory, wait until as large a part of the work before them has drained. `speeds`
-    stand in for what the replica has not measured, `ahead` are requests that are on their way there
-    as well.
+    Prompts are prefilled one after the other. Readers beyond the rates that can be promised wait
+    for room on the device, and KV beyond all memory waits, until as large a part of the work before
+    them has drained. `speeds` stand in for what the replica has not measured, `ahead` are requests
+    that are on their way there as well.
     """
     report, more = view.report, view.unreported
     if ahead is not None:
@@ -193,11 +195,20 @@ def outlook(
     rate = report.rate + more.rate + ask.rate
     kv = report.kv_tokens + more.prompt_tokens + output
     kv += ask.prompt_tokens + min(ask.output_tokens, expected)
-    by_memory = kv / report.memory_tokens if report.memory_tokens else 0.0
-    utilisation = max(rate / (LOAD_FACTOR * capacity), by_memory)
-    waiting = 1.0 - 1.0 / max(1.0, utilisation)
-    drained_s = waiting * before / capacity
-    return Outlook(drained_s + (1.0 - waiting) * prefill, utilisation, measured)
+    rates = rate / (LOAD_FACTOR * capacity)
+    memory = kv / report.memory_tokens if report.memory_tokens else 0.0
+    device = kv / report.device_tokens if report.device_tokens else memory
+    # A reader who is promised nothing begins all the same where the device has room for him.
+    waiting = max(_excess(memory), min(_excess(rates), _excess(device)))
+    drain_s = before / capacity
+    ttft_s = waiting * drain_s + (1.0 - waiting) * prefill
+    promised_s = max(ttft_s, _excess(rates) * drain_s)
+    return Outlook(ttft_s, promised_s, max(rates, memory), measured)
+
+
+def _excess(utilisation: float) -> float:
+    """The share of all that asks for something which cannot have it now."""
+    return 1.0 - 1.0 / max(1.0, utilisation)
 
 
 def _saved_s(view: ReplicaView, ask: Ask, prefill_s: float, load_s: float) -> float:

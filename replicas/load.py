@@ -43,6 +43,8 @@ class LoadReport:
     """Tokens that a new request without a limit would be expected to get."""
     kv_tokens: int = 0
     """KV that the unfinished requests are expected to need at their longest."""
+    device_tokens: int = 0
+    """KV that fits on the device."""
     memory_tokens: int = 0
     """KV that fits on the device and, where the KV of preempted requests is kept, on the host."""
     free_tokens: int = 0
@@ -129,6 +131,7 @@ class LoadMeter:
             remaining_tokens=int(remaining.sum()),
             expected_output=_fresh(lengths, longest),
             kv_tokens=int((context + remaining).sum()),
+            device_tokens=device_tokens,
             memory_tokens=device_tokens + host_tokens,
             free_tokens=free_tokens,
             rate=float(tracker.rate[reads].sum()) + ELASTIC_RATE * int(elastic.sum()),

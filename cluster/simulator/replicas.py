@@ -239,6 +239,7 @@ class ReducedReplica:
             remaining_tokens=max(0, round(self._remaining)),
             expected_output=self._expected,
             kv_tokens=round(self._kv),
+            device_tokens=self._machine.kv_tokens,
             memory_tokens=self._memory,
             rate=self._rate + self._parked_rate,
             capacity=self._full,

@@ -40,14 +40,14 @@ def registry(report: LoadReport | None) -> ReplicaRegistry:
 
 
 def test_whoever_starts_in_time_is_taken():
-    judge(Outlook(59.9, 3.0), max_ttft_s=60.0)
-    judge(Outlook(1e9, 3.0), max_ttft_s=None)
-    judge(Outlook(5.0, 3.0), max_ttft_s=60.0, time_left_s=5.1)
+    judge(Outlook(1.0, 59.9, 3.0), max_ttft_s=60.0)
+    judge(Outlook(1e9, 1e9, 3.0), max_ttft_s=None)
+    judge(Outlook(5.0, 50.0, 3.0), max_ttft_s=60.0, time_left_s=5.1)
 
 
 def test_what_nobody_has_measured_refuses_nobody():
     judge(None, max_ttft_s=1.0)
-    judge(Outlook(100.0, 3.0, measured=False), max_ttft_s=1.0)
+    judge(Outlook(100.0, 100.0, 3.0, measured=False), max_ttft_s=1.0)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_what_nobody_has_measured_refuses_nobody():
     ],
 )
 def test_the_others_hear_after_what_time_it_is_worth_a_try(ttft_s, bound, left, after):
-    with pytest.raises(CapacityError, match="first token is expected in") as refused:
-        judge(Outlook(ttft_s, 3.0), max_ttft_s=bound, time_left_s=left)
+    with pytest.raises(CapacityError, match="you would be served in") as refused:
+        judge(Outlook(ttft_s, ttft_s, 3.0), max_ttft_s=bound, time_left_s=left)
     assert refused.value.retry_after_s == pytest.approx(after)
 
 

@@ -61,11 +61,19 @@ def test_queued_prompts_come_first_reported_or_not():
 
 
 def test_beyond_the_rates_that_can_be_promised_a_part_of_all_work_drains_first():
-    # Twice what can be promised: half of it has to end.
-    full = view(rate=2 * 920.0 - 20.0, remaining_tokens=8000, active=40)
+    # Twice what can be promised, and no room: half of it has to end.
+    asked = {"rate": 2 * 920.0 - 20.0, "remaining_tokens": 8000, "kv_tokens": 50_000}
+    full = view(**asked, device_tokens=20_000)
     seen = outlook(full, ASK)
     assert seen.utilisation == pytest.approx(2.0)
-    assert seen.ttft_s == pytest.approx(0.5 * 8.0 + 0.5 * 0.1)
+    assert seen.ttft_s == seen.promised_s == pytest.approx(0.5 * 8.0 + 0.5 * 0.1)
+
+
+def test_where_the_device_has_room_a_reader_begins_before_his_rate_can_be_promised():
+    asked = {"rate": 2 * 920.0 - 20.0, "remaining_tokens": 8000, "kv_tokens": 10_000}
+    seen = outlook(view(**asked, device_tokens=20_000), ASK)
+    assert seen.ttft_s == pytest.approx(0.1)
+    assert seen.promised_s == pytest.approx(4.0)
 
 
 def test_memory_that_is_spoken_for_drains_as_well():
@@ -77,7 +85,7 @@ def test_an_output_counts_as_long_as_outputs_are_and_not_as_long_as_it_may_be():
     def behind(limit: int, expected: int) -> float:
         full = view(rate=2000.0, remaining_tokens=1000, expected_output=expected)
         full.unreported.add(replace(ASK, output_tokens=limit))
-        return outlook(full, ASK).ttft_s
+        return outlook(full, ASK).promised_s
 
     assert behind(50, 50) == pytest.approx(behind(100_000, 50))
     assert behind(100_000, 0) > 10 * behind(100_000, 50)
