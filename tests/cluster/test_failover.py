@@ -40,11 +40,6 @@ async def test_streams_survive_the_death_of_their_replica(server):
     streams = [asyncio.create_task(one(i)) for i in range(12)]
     await clients.wait(12)
     before = server.by_replica("tokenflow_prefix_host_hit_tokens_total")
-    print(
-        "RUN",
-        server.by_replica("tokenflow_running_requests"),
-        server.by_replica("tokenflow_requests_total"),
-    )
     os.kill(server.busiest(), signal.SIGKILL)
     assert await asyncio.gather(*streams) == alone * 4
     await client.aclose()
