@@ -90,8 +90,10 @@ class Failure:
 
     @property
     def lost(self) -> bool:
-        """Whether the connection broke, rather than the server having refused."""
-        return self.code is None or self.code in LOST
+        """Whether the connection broke, rather than the server having refused. A proxy that drops
+        a stream makes it look cancelled; only the details tell that no server said so."""
+        dropped = self.code is grpc.StatusCode.CANCELLED and "RST_STREAM" in self.details
+        return self.code is None or self.code in LOST or dropped
 
     def error(self) -> ClientError:
         if self.code is None:

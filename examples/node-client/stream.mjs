@@ -14,6 +14,10 @@ import { loadSync } from "@grpc/proto-loader";
 const RECONNECT_MS = 30_000;
 const LOST = new Set([grpc.status.UNAVAILABLE, grpc.status.INTERNAL, grpc.status.UNKNOWN]);
 
+// A proxy that drops a stream makes it look cancelled.
+const isLost = ({ code, details = "" }) =>
+  LOST.has(code) || (code === grpc.status.CANCELLED && details.includes("RST_STREAM"));
+
 const { values: options, positionals } = parseArgs({
   allowPositionals: true,
   options: {
@@ -65,7 +69,7 @@ while (!last) {
     if (!last) throw Object.assign(new Error("the stream ended early"), { code: grpc.status.UNAVAILABLE });
   } catch (error) {
     lostAt ??= Date.now();
-    if (!LOST.has(error.code) || Date.now() - lostAt > RECONNECT_MS) {
+    if (!isLost(error) || Date.now() - lostAt > RECONNECT_MS) {
       console.error(`${grpc.status[error.code] ?? "ERROR"}: ${error.details ?? error.message}`);
       process.exit(1);
     }

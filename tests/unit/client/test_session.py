@@ -53,11 +53,20 @@ def test_a_lost_stream_goes_on_after_its_last_token():
     assert (s.received, s.reconnects) == (5, 1)
 
 
-@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, None])
-def test_what_counts_as_a_lost_connection(code):
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (Code.UNAVAILABLE, ""),
+        (Code.INTERNAL, ""),
+        (Code.UNKNOWN, ""),
+        (None, ""),
+        (Code.CANCELLED, "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"),
+    ],
+)
+def test_what_counts_as_a_lost_connection(code, details):
     s = session()
     s.take(message(0))
-    s.failed(Failure(code, ""), 0.0)
+    s.failed(Failure(code, details), 0.0)
     assert isinstance(s.next_call(), pb.ResumeRequest)
 
 
