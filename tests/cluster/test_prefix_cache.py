@@ -21,7 +21,7 @@ async def over_http(server, salt: str) -> list[tuple[int, int]]:
     """(prompt tokens, cached tokens): of a whole answer, of a stream, of each of its chunks."""
     found = []
     async with openai.AsyncOpenAI(base_url=server.base_url, api_key="none", timeout=60) as client:
-        asked = dict(model=server.model, prompt=PROMPT, max_tokens=4)
+        asked = dict(model=server.model, prompt=PROMPT, max_tokens=32)
         whole = await client.completions.create(**asked, extra_body={"cache_salt": salt})
         found.append(whole.usage)
         stream = await client.completions.create(
@@ -37,7 +37,7 @@ async def over_http(server, salt: str) -> list[tuple[int, int]]:
 async def over_grpc(server, salt: str) -> list[tuple[int, int]]:
     """(prompt tokens, cached tokens) of two calls."""
     message = pb.GenerateRequest(
-        text=PROMPT, sampling=pb.SamplingParams(max_tokens=4), cache_salt=salt
+        text=PROMPT, sampling=pb.SamplingParams(max_tokens=32), cache_salt=salt
     )
     usages = []
     async with grpc.aio.insecure_channel(server.grpc) as channel:
