@@ -125,7 +125,7 @@ async def test_kv_follows_a_stream_to_another_node(nodes):
 
 
 async def test_streams_leave_a_replica_that_is_out_of_capacity(nodes):
-    async with Reader(nodes, 400, 20) as reader:
+    async with Reader(nodes, 400, 80) as reader:
         alone = [await reader.read(i) for i in range(3)]
         # One replica is away for some seconds and comes back idle, while the other has all streams.
         os.kill(next(iter(replicas(nodes).values())), signal.SIGKILL)
