@@ -104,8 +104,8 @@ class Pauses(_Behaviour):
 
 
 class ChangesSpeed(_Behaviour):
-    """Reads on at another speed. No server has an API to be told so: it is modelled in the reader
-    alone, and the server goes on pacing for the speed that was declared."""
+    """Reads on at another speed. It is modelled in the reader alone: the server is not told, and
+    goes on pacing for the speed that was declared."""
 
     kind: Literal["change_speed"] = "change_speed"
     token_rate: Annotated[float, Field(ge=LEAST_RATE, le=MOST_RATE)]

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokenflow.replicas.load import ELASTIC_RATE
 from tokenflow.replicas.request import State
 from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, capacity, full_capacity, unpromised
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 
-ELASTIC_RATE = 1.0
-"""tokens/s that a request without a reader counts with: what it is granted under any load."""
 MOST_MOVABLE = 32
 
 

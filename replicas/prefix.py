@@ -15,11 +15,14 @@ from pathlib import Path
 from tokenflow.replicas.executor.base import KVLayout
 
 KEY_BYTES = 16
+_ORDER = b"layer,kv,head,token,dim"
+"""Of the elements within a block. A store outlives a replica, and the next one may be of another
+version: blocks that it would read in the wrong order must not be found."""
 
 
 def model_root(fingerprint: bytes, layout: KVLayout) -> bytes:
     """What all keys of one model in one layout begin from."""
-    return _digest(fingerprint, repr(layout).encode())
+    return _digest(fingerprint, repr(layout).encode() + _ORDER)
 
 
 def salted(root: bytes, salt: str | None) -> bytes:

@@ -36,11 +36,13 @@ class StandInExecutor:
             time.sleep(wait_s)
         return StepResult(tokens, [None] * len(tokens))
 
+    # An engine without host slots starts no copies; with them the benchmark is set up wrongly.
+
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
-        raise NotImplementedError("the stand-in has no host memory")
+        raise RuntimeError("the stand-in has no host memory; set kvstore.host_kv_gib to 0")
 
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
-        raise NotImplementedError("the stand-in has no host memory")
+        raise RuntimeError("the stand-in has no host memory; set kvstore.host_kv_gib to 0")
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         return []

@@ -7,7 +7,7 @@ messages and is answered here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -38,9 +38,8 @@ def add_reflection_to_server(servicer: Any, server: Any) -> None:
 class Probes:
     """The methods of both services, for the deployment to inherit."""
 
-    async def healthy(self) -> bool:
-        """Whether a request would be served."""
-        raise NotImplementedError
+    healthy: Callable[[], Awaitable[bool]]
+    """The deployment's own: whether a request would be served."""
 
     async def Check(self, request: Any, grpc_context: Any) -> HealthCheckResponse:
         """grpc.health.v1.Health/Check. NOT_FOUND: no such service."""

@@ -18,7 +18,7 @@ from tokenflow.replicas.sampling.params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of one block of KV: `[layers, 2, block_size, kv_heads, head_dim]`, contiguous.
+    """Shape of one block of KV: `[layers, 2, kv_heads, block_size, head_dim]`, contiguous.
 
     Blocks are block-major on both sides, so that one block is one contiguous copy.
     """
