@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tokenflow.kvstore.block_fetch import Fetched
 from tokenflow.kvstore.control import StoreHungError, StoreUnavailableError
-from tokenflow.kvstore.exchange import Exchange, ExchangeStats
+from tokenflow.kvstore.exchange import Exchange
 from tokenflow.kvstore.node import NodeStore, StoreConfig, StoreInfo
 from tokenflow.kvstore.peer import Endpoint
 from tokenflow.kvstore.segment import reap_orphans
@@ -133,9 +133,6 @@ class KVStoreActor:
         """End a fetch; what it brought so far stays."""
         if self._exchange is not None:
             self._exchange.cancel(fetch_id)
-
-    def exchange_stats(self) -> ExchangeStats:
-        return ExchangeStats() if self._exchange is None else self._exchange.stats()
 
     def _door(self) -> Exchange:
         with self._exchange_lock:
