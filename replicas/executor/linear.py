@@ -1,8 +1,10 @@
 """Matrix products with a constant weight: on a CPU by oneDNN over a weight laid out for it once.
 
-Its code is made for one number of rows, in 2 ms and 0.6 MB for each number that it has not seen, so
-rows are padded to few different numbers. torch's own linear layer hands oneDNN (bfloat16) or MKL (float32) the weight as it lies, and it is
+torch's own linear layer hands oneDNN (bfloat16) or MKL (float32) the weight as it lies, and it is
 laid out anew in every call. benchmarks/executor/linear.py measures both side by side.
+
+oneDNN makes code for one number of rows, which takes it 2 ms and 0.6 MB for each number that it has
+not seen; so rows are padded to few different numbers.
 """
 
 from __future__ import annotations
