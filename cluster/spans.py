@@ -87,6 +87,8 @@ class _Walk:
         self._tokens = 0
         """Tokens of the output at the beginning of the open phase."""
         self._preempted = False
+        self._again = False
+        """Whether the open phase comes after a preemption."""
 
     def take(self, note: Note) -> None:
         match note.what:
@@ -121,7 +123,7 @@ class _Walk:
             name = "preempted"
         self._open = Span(name, note.at_s, note.at_s, self._coming)
         self._coming = {}
-        self._tokens = tokens
+        self._tokens, self._again = tokens, self._preempted
 
     def close(self, at_s: float, tokens: int | None) -> None:
         """The open phase ends, with so many tokens of the output; None = unknown."""
@@ -135,7 +137,8 @@ class _Walk:
             prefilled_s = at_s if made == 0 else passes[-1].at_s
             prefill = Span("prefill", span.begun_s, prefilled_s, {}, passes)
             prefill.attributes["tokens"] = sum(int(each.attributes["tokens"]) for each in passes)
-            prefill.attributes["again"] = self._preempted
+            # A request that comes from another replica has an output to begin with.
+            prefill.attributes["again"] = self._again or self._tokens > 0
             self.spans.append(prefill)
             if made == 0:
                 prefill.events += span.events

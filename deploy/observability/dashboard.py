@@ -333,6 +333,11 @@ def dashboard() -> Json:
     }
 
 
+def queries(board: Json) -> list[str]:
+    """All of its PromQL."""
+    return [target["expr"] for each in board["panels"] for target in each.get("targets", ())]
+
+
 def text() -> str:
     return json.dumps(dashboard(), indent=1) + "\n"
 
