@@ -77,7 +77,8 @@ def burst(server) -> dict[str, Any]:
             seen["scrape"] = (await client.get(f"{server.url}/metrics")).text
             seen["top"] = await _top(server, "--json")
             await asyncio.gather(*readers)
-            refused = await client.post(f"{server.base_url}/completions", json={"model": "none"})
+            wrong = body(server, model="none")
+            refused = await client.post(f"{server.base_url}/completions", json=wrong)
             assert refused.status_code == 404
 
     with Collector(server.traces_port) as collector:
