@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tokenflow.requests")
 
 _LONGEST_ID = 256
+_FAULTS = {"INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+"""gRPC codes that are not the client's doing; over HTTP that is 500 and above."""
 LEFT = {"grpc": "CANCELLED", "grpc-resume": "CANCELLED"}
 """Status of a request whose client has gone away; over HTTP that is 499."""
 
@@ -75,9 +77,12 @@ class Record:
         shown = " ".join(f"{name}={value}" for name, value in fields.items())
         # Streams end in tasks that are not the request's own.
         request_id = self._generation.id if self._generation else REQUEST_ID.get()
-        logger.info("request %s", shown, extra={**fields, **about(request_id)})
+        fault = self.status >= "500" if self.status.isdigit() else self.status in _FAULTS
+        level = logging.WARNING if fault else logging.INFO
+        logger.log(level, "request %s", shown, extra={**fields, **about(request_id)})
         if self._trace is not None:
-            self._trace.end(self._attributes(fields, request_id), self._attempts(), error)
+            attributes = self._attributes(fields, request_id)
+            self._trace.end(attributes, self._attempts(), error if fault else None)
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
@@ -127,6 +132,8 @@ class Record:
             "tokenflow.api": self.api,
             "tokenflow.status": fields["status"],
         }
+        if "error" in fields:
+            attributes["error.type"] = fields["error"]
         for name, field in {
             "gen_ai.usage.input_tokens": "prompt_tokens",
             "gen_ai.usage.output_tokens": "completion_tokens",

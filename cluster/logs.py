@@ -29,7 +29,7 @@ class LogConfig(BaseModel):
     )
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO",
-        description="INFO has one line for each request that ended; WARNING only what went wrong.",
+        description="INFO has one line for each request that ended; WARNING for those that failed.",
     )
 
 

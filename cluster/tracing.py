@@ -53,7 +53,7 @@ class RequestTrace:
         self, attributes: Mapping[str, Any], choices: list[Attempts], error: str | None
     ) -> None:
         """The request is over: its attributes, the attempts of each of its streams, and what it
-        failed of."""
+        failed of, unless that was its client's doing."""
         ended_s = time.time()
         self._span.set_attributes(dict(attributes))
         if error is not None:

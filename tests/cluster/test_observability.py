@@ -77,6 +77,13 @@ def burst(server) -> dict[str, Any]:
             seen["scrape"] = (await client.get(f"{server.url}/metrics")).text
             seen["top"] = await _top(server, "--json")
             await asyncio.gather(*readers)
+            # Another one of the same trace, at the other door.
+            message = pb.GenerateRequest(model=server.model, text="The old man", token_rate=20)
+            message.sampling.max_tokens = 4
+            context = [("traceparent", f"00-{trace_id}-{PARENT_SPAN}-01")]
+            async with grpc.aio.insecure_channel(server.grpc) as channel:
+                async for _ in InferenceStub(channel).Generate(message, metadata=context):
+                    pass
             wrong = body(server, model="none")
             refused = await client.post(f"{server.base_url}/completions", json=wrong)
             assert refused.status_code == 404
@@ -84,7 +91,7 @@ def burst(server) -> dict[str, Any]:
     with Collector(server.traces_port) as collector:
         asyncio.run(whole())
         server.wait_idle()
-        seen["spans"] = collector.wait(lambda spans: any(s.name == "completions" for s in spans))
+        seen["spans"] = collector.wait(lambda spans: any(s.name == "grpc" for s in spans))
         seen["services"] = collector.services
     seen["after"] = httpx.get(f"{server.url}/metrics").text
     return seen
@@ -152,8 +159,9 @@ def test_the_trace_of_a_preempted_request_shows_its_whole_life(server, burst):
     assert burst["services"] == {"tokenflow"}
     # Nobody else's request was sampled.
     assert {span.trace_id.hex() for span in spans} == {burst["trace_id"]}
-    (root,) = [span for span in spans if span.parent_span_id.hex() == PARENT_SPAN]
-    assert root.name == "completions"
+    roots = {s.name: s for s in spans if s.parent_span_id.hex() == PARENT_SPAN}
+    assert set(roots) == {"completions", "grpc"}
+    root = roots["completions"]
     assert attribute(root, "gen_ai.response.id") == REQUEST_ID
     assert attribute(root, "gen_ai.usage.output_tokens") == TOKENS
     assert attribute(root, "tokenflow.status") == "200"
@@ -186,7 +194,7 @@ def test_the_trace_of_a_preempted_request_shows_its_whole_life(server, burst):
 
 def log_lines(server) -> list[dict[str, Any]]:
     lines = []
-    for path in Path(server.cluster._log_directory()).glob("replica_tokenflow_ingress_*.log"):
+    for path in Path(server.cluster._log_directory()).glob("replica_tokenflow_*.log"):
         for line in path.read_text().splitlines():
             lines.append(json.loads(line))
     return lines

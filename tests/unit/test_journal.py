@@ -171,12 +171,18 @@ def test_a_trace_has_the_request_its_attempts_and_their_phases(written):
     assert root.status.status_code is StatusCode.UNSET
 
 
-def test_a_failed_request_is_a_failed_span(written):
+@pytest.mark.parametrize(
+    ("status", "fault"),
+    [(500, True), (503, True), ("INTERNAL", True), (404, False), ("NOT_FOUND", False)],
+)
+def test_what_is_not_the_clients_doing_is_a_failed_span_and_a_warning(written, status, fault):
     made, exporter = tracing(1)
-    Journal("front", "books", made).open("chat", {}).end(500, "RuntimeError")
+    Journal("front", "books", made).open("chat", {}).end(status, "SomeError")
     (span,) = exporter.get_finished_spans()
-    assert span.status.status_code is StatusCode.ERROR
-    assert span.attributes["tokenflow.status"] == "500"
+    assert (span.status.status_code is StatusCode.ERROR) == fault
+    assert span.attributes["tokenflow.status"] == str(status)
+    assert span.attributes["error.type"] == "SomeError"
+    assert written[0]["levelname"] == ("WARNING" if fault else "INFO")
 
 
 @pytest.mark.parametrize(
