@@ -86,6 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     simulate_cluster.add_arguments(cluster_parser)
     cluster_parser.set_defaults(run=simulate_cluster.run)
 
+    from tokenflow.cluster import keys_command
+
+    keys_parser = commands.add_parser(
+        "keys",
+        help="make, list and revoke API keys",
+        description="The API keys of a cluster: the file that security.api_keys_file names.",
+    )
+    keys_command.add_arguments(keys_parser)
+
     from tokenflow.replicas.simulator import calibrate_command as calibrate
 
     calibrate_parser = commands.add_parser(
