@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from starlette.exceptions import HTTPException
 
-from tokenflow.cluster.admission import admitted
+from tokenflow.cluster.admission import admitted, favoured
 from tokenflow.cluster.api.errors import error_body, http_error
 from tokenflow.cluster.api.framing import (
     HEARTBEAT,
@@ -51,6 +51,7 @@ from tokenflow.cluster.placing import asks_of
 from tokenflow.cluster.prompts import PromptEncoder
 from tokenflow.cluster.quotas import Demand
 from tokenflow.cluster.reconnect import Context, Kept, Reconnections, unknown_request
+from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, change_from, response_from
@@ -95,6 +96,7 @@ class Ingress(Probes):
     def __init__(self, replica: Any, config_tree: dict[str, Any]) -> None:
         config = parse_config(config_tree)
         self._limits = config.limits
+        self._ingresses = config.ingress.count
         self._delay_s = config.ingress.coalesce_delay_s
         self._name = config.model.name
         self._created = int(time.time())
@@ -111,7 +113,7 @@ class Ingress(Probes):
         self._who = Authenticator(None)
         if (path := config.security.keys_path) is not None:
             file = KeyFile(path)
-            self._who = Authenticator(file.keys, share=1 / config.ingress.count)
+            self._who = Authenticator(file.keys, share=1 / self._ingresses)
             following = file.follow(self._who)
             self._following = asyncio.get_event_loop().create_task(following)
 
@@ -446,11 +448,11 @@ class Ingress(Probes):
             tokens=sum(map(len, prompts)) * call.n + sum(each.max_tokens for each in params),
         )
         with principal.quota.reserve(demand, time.monotonic()) as grant:
-            grant.use = generation = await self._open(call, prompts, params)
+            grant.use = generation = await self._open(call, prompts, params, demand.rate)
         return generation
 
     async def _open(
-        self, call: Call, prompts: list[list[int]], params: list[SamplingParams]
+        self, call: Call, prompts: list[list[int]], params: list[SamplingParams], rate: float
     ) -> Generation:
         """Open the streams of a checked call. Raises what the client must be told."""
         request_id = scoped_id(call.tenant, new_id(call))
@@ -461,6 +463,7 @@ class Ingress(Probes):
                 asks_of(call, prompts, params),
                 max_ttft_s=self._limits.max_predicted_ttft_s,
                 time_left_s=call.timeout_s,
+                in_any_case=bool(call.tenant) and self._favoured(call.tenant, rate),
             ):
                 return await Generation.start(
                     self._streams,
@@ -481,6 +484,11 @@ class Ingress(Probes):
             generation = await start(context.to_bytes())
             self._reconnections.keep(generation, context)
         return generation
+
+    def _favoured(self, tenant: str, rate: float) -> bool:
+        # Each ingress divides its part of the capacity among the streams that it has.
+        capacity = REGISTRY.capacity() / self._ingresses
+        return favoured(tenant, rate, self._streams.rates(), capacity)
 
     def _left(self, generation: Generation, reader: int) -> None:
         """A reader is gone: its request waits for it, or ends."""

@@ -30,6 +30,8 @@ from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
 from tokenflow.replicas.tokenizer import check_tokenizer
 
+HEADER_TIMEOUT_S = 10
+"""Longest time that the head of a request may take; then its connection is closed."""
 _ANSWER_TIMEOUT_S = 60.0
 _STEADY_S = 1.0
 _PORTS = 100
@@ -253,6 +255,11 @@ class LocalCluster:
             # that is as long as a resumable request waits for its client.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Serve sets no limit on how long the head of a request may take and has no variable for
+            # it; this one is the last line of its HAProxy's defaults, so another may follow.
+            "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
+                f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
+            ),
             # A gRPC client has one connection for all its streams; beyond this many, and Ray says
             # 100, they would wait for each other's end without a word.
             "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
