@@ -300,7 +300,11 @@ class Fuzzer:
         self.keys = keys
 
     def value(self, depth: int = 0) -> Any:
-        kinds = 11 if depth < 3 else 9
+        kind = self.rng.randrange(10 if depth < 3 else 8)
+        if kind == 9:
+            return [self.value(depth + 1) for _ in range(self.rng.randrange(4))]
+        if kind == 8:
+            return {self.rng.choice("abc"): self.value(depth + 1)}
         return [
             None,
             True,
@@ -310,10 +314,7 @@ class Fuzzer:
             "",
             self.rng.choice(["max", "x" * 300, "\x00", "é\u202e\U0001f600", "../../etc", "' OR 1"]),
             "tokenflow-books",
-            [],
-            [self.value(depth + 1) for _ in range(self.rng.randrange(4))],
-            {self.rng.choice("abc"): self.value(depth + 1)},
-        ][self.rng.randrange(kinds)]
+        ][kind]
 
     def bytes(self, data: bytes) -> bytes:
         """The data with a few bytes changed, dropped or doubled."""

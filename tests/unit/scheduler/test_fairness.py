@@ -67,10 +67,10 @@ def test_of_two_tenants_rates_are_promised_in_turn_and_of_one_by_arrival():
 def crowded(newcomer: str):
     """A device full of one tenant's streams without slack, and one more request."""
     flood = [
-        sequence(f"b{i}", tenant="b", rate=50, arrival_s=i, state=RUNNING, output=40, slack_s=0.1)
+        sequence(f"b{i}", tenant="b", rate=100, arrival_s=i, state=RUNNING, output=40, slack_s=0.1)
         for i in range(4)
     ]
-    late = sequence("new", tenant=newcomer, rate=50, arrival_s=50)
+    late = sequence("new", tenant=newcomer, rate=100, arrival_s=50)
     cost = taught(fixed=0.01, per_sequence=0.001, prefill=1e-4, load=1e-5, offload=1e-5)
     return view(*flood, late, free=0, max_num_seqs=4, total=60, cost=cost)
 
@@ -87,9 +87,10 @@ def test_of_the_same_tenant_nobody_does():
     assert not plan.admit and not plan.preempt
 
 
-@pytest.mark.parametrize("policy", ["slack", "tokenflow", "fcfs", "chunked", "andes"])
+@pytest.mark.parametrize("policy", ["slack", "tokenflow", "fcfs", "chunked"])
 def test_a_flood_of_one_tenant_moves_only_its_own_back(policy):
-    """The other's requests begin before nearly all of the flood that came before them."""
+    """The other's requests begin before nearly all of the flood that came before them. (Not under
+    andes, whose order is all its own.)"""
     engine, *_ = fake_engine(policy=policy, max_num_seqs=4)
     for i in range(60):
         engine.add(make_request(f"b{i}", [1 + i % 7] * 8, 24, tenant="b"))
