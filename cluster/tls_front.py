@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tokenflow.replicas.errors import ConfigError
 
 RELOAD_S = 1.0
 """How often the files are looked at."""
+_START_S = 10.0
 _STOP_S = 10.0
 
 
@@ -95,6 +98,7 @@ class TLSFront:
         self, config: TLSConfig, routes: list[Route], directory: Path, header_timeout_s: int
     ) -> None:
         self._config = config
+        self._routes = routes
         self._certificate = directory / "front.pem"
         self._file = directory / "front.cfg"
         self._text = render(routes, self._certificate, header_timeout_s)
@@ -121,7 +125,25 @@ class TLSFront:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._wait_until_it_listens()
         self._watcher.start()
+
+    def _wait_until_it_listens(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + _START_S
+        for route in self._routes:
+            host = "127.0.0.1" if route.host in ("0.0.0.0", "::") else route.host
+            while True:
+                try:
+                    socket.create_connection((host, route.port), timeout=1.0).close()
+                    break
+                except OSError as error:
+                    if self._process.poll() is not None or time.monotonic() > deadline:
+                        self.stop()
+                        raise ConfigError(
+                            f"the TLS front does not listen on {host}:{route.port}: {error}."
+                        ) from None
+                time.sleep(0.05)
 
     def _take(self, pem: str) -> None:
         self._loaded = pem
