@@ -39,6 +39,9 @@ class KeyLimits(BaseModel):
     )
 
 
+_NO_LIMITS = KeyLimits()
+
+
 class TokenBucket:
     """Fills evenly, by `per_minute` a minute, up to what a minute gives. [Turner 1986]"""
 
@@ -161,9 +164,12 @@ class Quota:
     def reserve(self, demand: Demand, now: float) -> Iterator[Grant]:
         """What a request needs is its own from now on, unless the body raises. Raises QuotaError,
         and InvalidRequestError (429) for more than the key may ever have."""
+        grant = Grant(demand)
+        if self._limits == _NO_LIMITS:
+            yield grant
+            return
         self.settle(now)
         self._check(demand, now)
-        grant = Grant(demand)
         self._grants.append(grant)
         if self._tokens is not None:
             self._tokens.take(demand.tokens, now)
@@ -177,6 +183,8 @@ class Quota:
 
     def hold(self, use: Use) -> None:
         """Count a request that was taken elsewhere, and goes on here. Idempotent."""
+        if self._limits == _NO_LIMITS:
+            return
         if all(grant.use is not use for grant in self._grants):
             self._grants.append(Grant(Demand(0, 0.0, use.tokens), use))
 

@@ -371,6 +371,9 @@ class _Pass:
             return self.view.blocks_for(int(self.outlook.remaining[row]))
         # For so long nobody may have slack enough to make room for the others.
         rate = self.tracker.rate * ~self.tracker.paused
+        if self.tracker.shared_by_tenants:
+            # Whoever is parked then makes room at any time.
+            rate = rate * ~self.outlook.parked
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 

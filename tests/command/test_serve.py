@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
@@ -22,6 +25,17 @@ pytestmark = pytest.mark.cluster
 
 def segments() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("tokenflow-*")}
+
+
+def ray_refuses_strangers(commands: Iterable[str]) -> bool:
+    """Whether Ray's own control service asks for a token."""
+    address = next(m[1] for c in commands if (m := re.search(r"--gcs-address=(\S+)", c)))
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=10)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -50,7 +64,9 @@ def test_serve_answers_and_stops_without_a_trace(number):
             )
             assert answer.status_code == 200
             assert segments() - before
-            assert len(processes_of(ray_files, marker)) > 5
+            processes = processes_of(ray_files, marker)
+            assert len(processes) > 5
+            assert ray_refuses_strangers(processes.values())
             process.send_signal(number)
             rest = process.stdout.read()
             assert process.wait(60) == 0, rest

@@ -67,19 +67,29 @@ def test_of_two_tenants_rates_are_promised_in_turn_and_of_one_by_arrival():
 def crowded(newcomer: str):
     """A device full of one tenant's streams without slack, and one more request."""
     flood = [
-        sequence(f"b{i}", tenant="b", rate=100, arrival_s=i, state=RUNNING, output=40, slack_s=0.1)
+        sequence(
+            f"b{i}",
+            tenant="b",
+            arrival_s=i,
+            state=RUNNING,
+            output=40,
+            slack_s=0.1,
+            max_tokens=60,
+        )
         for i in range(4)
     ]
-    late = sequence("new", tenant=newcomer, rate=100, arrival_s=50)
-    cost = taught(fixed=0.01, per_sequence=0.001, prefill=1e-4, load=1e-5, offload=1e-5)
-    return view(*flood, late, free=0, max_num_seqs=4, total=60, cost=cost)
+    late = sequence("new", tenant=newcomer, arrival_s=50, max_tokens=60)
+    # Two readers of 10 tokens/s are promised their rate, not three.
+    cost = taught(fixed=0.1, per_sequence=0.01, prefill=1e-4, load=1e-5, offload=1e-5)
+    return view(*flood, late, free=0, max_num_seqs=4, total=1000, cost=cost)
 
 
 def test_who_is_beyond_its_tenants_share_makes_room_for_another_tenant():
     plan = SlackPolicy().plan(crowded("a"), 1000.0)
     assert [seq.request_id for seq in plan.admit] == ["new"]
-    # The last one that came goes first.
-    assert [seq.request_id for seq, _ in plan.preempt] == ["b3"]
+    # Those that came last go first, and never the one that has a promise.
+    leaving = [seq.request_id for seq, _ in plan.preempt]
+    assert leaving and leaving == ["b3", "b2", "b1"][: len(leaving)]
 
 
 def test_of_the_same_tenant_nobody_does():
