@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import grpc
 import httpx
 import pytest
 
+from tests.support.certificates import make_certificate
 from tokenflow.client import Client
 from tokenflow.cluster.config import TLSConfig
 from tokenflow.cluster.local import HEADER_TIMEOUT_S, free_port
@@ -19,26 +19,6 @@ from tokenflow.cluster.tls_front import Route, TLSFront, read_certificate
 from tokenflow.replicas.errors import ConfigError
 
 pytestmark = pytest.mark.cluster
-
-
-def make_certificate(directory: Path, name: str) -> TLSConfig:
-    certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command += ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
-    return TLSConfig(certificate=str(certificate), key=str(key))
 
 
 @pytest.fixture(scope="module")
