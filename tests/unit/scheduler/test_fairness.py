@@ -74,6 +74,7 @@ def crowded(newcomer: str):
             state=RUNNING,
             output=40,
             slack_s=0.1,
+            synced=12,
             max_tokens=60,
         )
         for i in range(4)
