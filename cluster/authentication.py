@@ -47,7 +47,8 @@ class Authenticator:
     def replace(self, keys: Iterable[ApiKey]) -> None:
         """From now on these are the keys. What one of them has used stays used."""
         now = time.monotonic()
-        by_hash, principals = {}, {}
+        by_hash: dict[str, Principal] = {}
+        principals: dict[str, Principal] = {}
         for key in keys:
             known = self._principals.get(key.id)
             if known is not None and known.tenant == key.tenant:
@@ -115,11 +116,12 @@ class KeyFile:
 
     def _news(self) -> list[ApiKey] | None:
         """The keys, when the file is not the one that was read last. Raises ConfigError, once."""
+        signature: tuple[int, ...] = ()
         try:
             status = self._path.stat()
-            signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+            signature = status.st_mtime_ns, status.st_size, status.st_ino
         except OSError:
-            signature = ()
+            pass  # gone is news as well
         if signature == self._seen:
             return None
         self._seen = signature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from tokenflow.cluster.api_keys import ApiKey, key_hash, load_keys, new_key, sav
 from tokenflow.cluster.quotas import KeyLimits
 from tokenflow.replicas.errors import ConfigError
 
-_LIMITS = {
+_LIMITS: dict[str, Callable[[str], float]] = {
     "requests_per_minute": float,
     "tokens_per_minute": float,
     "streams": int,

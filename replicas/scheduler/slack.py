@@ -176,7 +176,7 @@ class _Victims:
         )
         for i in reversed(chosen):
             for column in (self.rows, self.blocks, self.slack_s, self.gains, self.yields):
-                del column[i]  # type: ignore[attr-defined]
+                del column[i]
         return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
 
 

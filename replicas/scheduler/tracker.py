@@ -291,7 +291,11 @@ class Tracker:
         several tenants, in turn by the tokens that each asks for."""
         if self._waiting is None:
             rows = self.rows(State.WAITING)
-            keys = [self.order[rows], self.arrival_s[rows], self.paused[rows]]
+            keys: list[NDArray[np.generic]] = [
+                self.order[rows],
+                self.arrival_s[rows],
+                self.paused[rows],
+            ]
             if self.shared_by_tenants:
                 keys.insert(2, self._turns(self._ints("prompt") + self.limit)[rows])
             self._waiting = rows[np.lexsort(keys)]
@@ -301,7 +305,7 @@ class Tracker:
         """All rows in the order in which rates are promised: of arrival, or of several tenants in
         turn by the rates that each asks for."""
         if self._in_turn is None:
-            keys = [self.order, self.arrival_s]
+            keys: list[NDArray[np.generic]] = [self.order, self.arrival_s]
             if self.shared_by_tenants:
                 keys.append(self._turns(self.rate * ~self.paused))
             self._in_turn = np.lexsort(keys)
