@@ -2,19 +2,31 @@
 
 Beyond a bound it is refused with a time after which it is worth another try, so that no queue grows
 without end, and what streams already keeps its rate: a replica promises rates only up to its
-capacity, and memory that is spoken for counts like rates (`routing.outlook`). Judging is a pure
-function; the predictions are the router's own.
+capacity, and memory that is spoken for counts like rates (`routing.outlook`). A queue that one
+tenant makes is not held against the others. Judging is a pure function; the predictions are the
+router's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
 from tokenflow.cluster.replica_registry import REGISTRY, ReplicaRegistry
 from tokenflow.cluster.routing import Ask, Outlook
 from tokenflow.replicas.errors import CapacityError
+from tokenflow.replicas.scheduler.fairness import fair_share
+
+
+def favoured(tenant: str, rate: float, rates: Mapping[str, float], capacity: float) -> bool:
+    """Whether a request is to be taken however long the queue is: tenants ask for more than there
+    is, and its own, with this request's `rate`, for no more than an equal share. Replicas serve it
+    before those who ask for more. `rates`: sums by tenant; all in tokens/s."""
+    own = rates.get(tenant, 0.0) + rate
+    share = fair_share([*(r for name, r in rates.items() if name != tenant), own], capacity)
+    return len(rates.keys() - {tenant}) > 0 and own <= share < math.inf
 
 
 def judge(
@@ -55,16 +67,18 @@ def admitted(
     max_ttft_s: float | None,
     max_stall_s: float | None = None,
     time_left_s: float | None = None,
+    in_any_case: bool = False,
     registry: ReplicaRegistry = REGISTRY,
 ) -> Iterator[None]:
-    """Judge requests that come together and, while they are being placed, count them for those
-    that come after them. Raises CapacityError."""
+    """Judge requests that come together, unless they are taken `in_any_case`, and, while they are
+    being placed, count them for those that come after them. Raises CapacityError."""
     with registry.reserve(asks[1:]):
-        judge(
-            registry.foresee(asks[0]),
-            max_ttft_s=max_ttft_s,
-            max_stall_s=max_stall_s,
-            time_left_s=time_left_s,
-        )
+        if not in_any_case:
+            judge(
+                registry.foresee(asks[0]),
+                max_ttft_s=max_ttft_s,
+                max_stall_s=max_stall_s,
+                time_left_s=time_left_s,
+            )
         with registry.reserve(asks[:1]):
             yield

@@ -95,7 +95,7 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     # Serve would restart everything on each deployment; with versions of our own only what has
     # changed is, and a change of the number of replicas restarts none.
     served = _version(tree, "model", "engine", "kvstore", "logging")
-    fronts = _version(tree, "model", "limits", "ingress", "logging", "tracing")
+    fronts = _version(tree, "model", "limits", "ingress", "security", "logging", "tracing")
     replica = replica.options(version=served, _internal=True)
     ingress = ingress.options(version=fronts, _internal=True)
     bound: Application = ingress.bind(replica.bind(tree, sharers), tree)

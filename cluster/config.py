@@ -158,6 +158,29 @@ class IngressConfig(_Section):
     )
 
 
+class TLSConfig(_Section):
+    """A certificate for the HTTP and gRPC ports of `tokenflow serve`; renewed files are taken up
+    without a restart."""
+
+    certificate: str = Field(min_length=1, description="PEM file: the certificate and its chain.")
+    key: str = Field(min_length=1, description="PEM file: its private key.")
+
+
+class SecurityConfig(_Section):
+    """Who may come in, and how."""
+
+    api_keys_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="YAML file of API keys, see `tokenflow keys`; null = nobody is asked for one.",
+    )
+    tls: TLSConfig | None = Field(default=None, description="null = plain text.")
+
+    @property
+    def keys_path(self) -> Path | None:
+        return Path(os.path.expanduser(self.api_keys_file)) if self.api_keys_file else None
+
+
 class TracingConfig(_Section):
     """OpenTelemetry traces of requests."""
 
@@ -186,6 +209,7 @@ class ClusterConfig(_Section):
     replicas: ReplicasConfig = ReplicasConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
+    security: SecurityConfig = SecurityConfig()
     logging: LogConfig = LogConfig()
     tracing: TracingConfig = TracingConfig()
 

@@ -11,8 +11,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from tokenflow.cluster.deadline import before, until
+from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
+from tokenflow.cluster.tenancy import public_id
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -46,6 +48,7 @@ class Generation:
     ) -> None:
         self._manager = manager
         self.id = request_id
+        """Inside the cluster (`tenancy.scoped_id`); its client knows it as `public_id`."""
         self.prompts = prompts
         self.streams = streams
         self.reader = 0
@@ -134,6 +137,28 @@ class Generation:
             self._manager.read_again(stream, count)
         self.reader += 1
         self._delivered = sum(counts)
+
+    @property
+    def public_id(self) -> str:
+        return public_id(self.id)
+
+    # What the quota of its key asks for.
+
+    @property
+    def running(self) -> int:
+        """Streams that have not ended."""
+        return sum(stream.finish_reason is None for stream in self.streams)
+
+    @property
+    def rate(self) -> float:
+        """Sum of the token rates of those, tokens/s."""
+        running = (stream for stream in self.streams if stream.finish_reason is None)
+        return sum(counted_rate(stream.token_rate) for stream in running)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens so far, of each stream."""
+        return sum(len(stream.prompt_ids) + len(stream.token_ids) for stream in self.streams)
 
     @property
     def resumable(self) -> bool:

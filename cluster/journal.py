@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenflow.cluster.attempts import Attempts
 from tokenflow.cluster.ingress_metrics import IngressMetrics
 from tokenflow.cluster.logs import REQUEST_ID, about
+from tokenflow.cluster.tenancy import public_id
 
 if TYPE_CHECKING:
     from tokenflow.cluster.api.protocol import Call
@@ -128,7 +129,7 @@ class Record:
         attributes = {
             "gen_ai.operation.name": "chat" if self.api == "chat" else "text_completion",
             "gen_ai.request.model": self._model,
-            "gen_ai.response.id": request_id,
+            "gen_ai.response.id": public_id(request_id),
             "tokenflow.api": self.api,
             "tokenflow.status": fields["status"],
         }

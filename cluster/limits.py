@@ -11,6 +11,9 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Longest HTTP body.")
+    max_body_s: float = Field(
+        default=30.0, gt=0, description="Longest time that the HTTP body of a request may take."
+    )
     max_stop_sequences: int = Field(default=16, ge=0)
     max_stop_length: int = Field(default=256, ge=1, description="Characters of one stop string.")
     max_choices: int = Field(default=16, ge=1, description="Prompts times n of one request.")

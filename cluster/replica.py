@@ -19,6 +19,7 @@ from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.kv_fetch import FetchStats, KVFetcher
 from tokenflow.cluster.logs import REQUEST_ID, adopt_engine_logs
 from tokenflow.cluster.outbox import Outboxes
+from tokenflow.cluster.tenancy import tenant_of
 from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
@@ -161,6 +162,7 @@ class Replica:
             consumed=submission.consumed,
             paused=submission.paused,
             cache_salt=submission.cache_salt,
+            tenant=tenant_of(submission.client_id),
             arrival_s=time.monotonic() - submission.waited_s,
             traced=submission.traced,
         )

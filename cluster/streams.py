@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 from tokenflow.cluster.logs import about
 from tokenflow.cluster.replica_calls import ReplicaCalls
 from tokenflow.cluster.replica_registry import REGISTRY
+from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.takeover import sort_out
+from tokenflow.cluster.tenancy import tenant_of
 from tokenflow.cluster.watch import ReplicaWatch
 from tokenflow.cluster.wire import Notice, Submission, unpack
 from tokenflow.replicas.errors import (
@@ -97,6 +99,13 @@ class StreamManager:
     def find(self, request_id: str) -> list[Stream]:
         """Live streams of a client's request."""
         return [s for s in self._open.values() if s.request_id == request_id]
+
+    def rates(self) -> dict[str, float]:
+        """The sums of the token rates of each tenant's live streams, tokens/s."""
+        rates: defaultdict[str, float] = defaultdict(float)
+        for stream in self._open.values():
+            rates[tenant_of(stream.request_id)] += counted_rate(stream.token_rate)
+        return rates
 
     def by_attempt(self, attempt_id: str) -> Stream | None:
         """The live stream that a replica knows under this id."""

@@ -35,7 +35,7 @@ class Submission:
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
     client_id: str = ""
-    """The id of the client's request; its choices share it."""
+    """The id of the client's request (`tenancy.scoped_id`); its choices share it."""
     choice: int = 0
     context: bytes = b""
     """What another ingress needs to go on with the answer, of no meaning to the replica. Empty: the

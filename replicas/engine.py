@@ -42,6 +42,10 @@ _HIGHEST_RATE = 1e6
 
 _PACING_INTERVAL_S = 0.5
 
+_TENANT_PER_FREE_PLACE = 8
+"""Requests a tenant may have here per place that is free: however many come, another one finds
+some. [dynamic thresholds: Choudhury and Hahne 1998]"""
+
 
 def check_rate(token_rate: float) -> None:
     """Raise InvalidRequestError unless it is a reading speed, or infinite for no reader."""
@@ -140,10 +144,13 @@ class Engine:
                 code="context_length_exceeded",
             )
         check_rate(request.token_rate)
-        if len(self._sequences) >= self.config.max_waiting:
-            raise CapacityError(
-                f"This replica already holds {len(self._sequences)} requests; try again later."
-            )
+        held = len(self._sequences)
+        free = self.config.max_waiting - held
+        full = free <= 0
+        if request.tenant:
+            full |= self.tracker.requests_of(request.tenant) >= _TENANT_PER_FREE_PLACE * free
+        if full:
+            raise CapacityError(f"This replica already holds {held} requests; try again later.")
 
     def known_keys(self, request: Request) -> list[bytes]:
         """Keys of all blocks that its prompt and resumed tokens fill, which `add` is then spared

@@ -74,6 +74,8 @@ class Request:
     """Whether its reader consumes nothing for now."""
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
+    tenant: str = ""
+    """Who takes turns with others where not everybody can be served at once."""
     arrival_s: float = field(default_factory=time.monotonic)
     """Engine clock."""
     traced: bool = False

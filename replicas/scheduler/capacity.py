@@ -75,13 +75,13 @@ def sustained(gamma: float, cost: CostModel, prompts_per_output: float) -> float
 
 
 def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
-    """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
-    arrival; the first one fits whatever it asks for, and who is paused asks for nothing. None when
-    all fit. [TokenFlow §4.3]"""
+    """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s when each is
+    promised its own in turn (`Tracker.in_turn`); the first one fits whatever it asks for, and who
+    is paused asks for nothing. None when all fit. [TokenFlow §4.3]"""
     rates = tracker.rate * ~(tracker.elastic | tracker.paused)
     if float(rates.sum()) <= limit:
         return None
-    order = tracker.by_arrival()
+    order = tracker.in_turn()
     order = order[~tracker.paused[order]]
     beyond = np.zeros(len(tracker), bool)
     beyond[order] = np.cumsum(rates[order]) > limit
