@@ -83,7 +83,7 @@ def test_everything_means_every_kind_of_the_chart():
 def test_lint(values):
     helm3("lint", str(CHART), "--strict", "-f", str(values))
     report = helm_python.lint(str(CHART), read(values), strict=True, kube_version="v1.34.0")
-    assert [m for m in report.messages if m.severity > 1] == []
+    assert [m for m in report["messages"] if m["severity"] > 1] == []
 
 
 @pytest.mark.parametrize(

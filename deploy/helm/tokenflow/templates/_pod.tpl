@@ -90,7 +90,7 @@ spec:
         - {name: shm, mountPath: /dev/shm}
         - {name: tmp, mountPath: /tmp}
         {{- if $kv }}
-        - {name: kv, mountPath: /kv}
+        - {name: kv, mountPath: {{ $values.kvStore.mountPath }}}
         {{- end }}
         {{- if and $worker $source }}
         - name: model

@@ -7,7 +7,7 @@
 {{- $kv := include "tokenflow.bytes" (dict "value" .Values.kvStore.size "what" "kvStore.size") -}}
 {{- $kvstore := dict "host_kv_gib" 0 -}}
 {{- if ne $kv "0" -}}
-{{- $kvstore = dict "directory" "/kv" "host_kv_gib" (divf (float64 $kv) 1073741824.0 | mulf 0.9375) -}}
+{{- $kvstore = dict "directory" .Values.kvStore.mountPath "host_kv_gib" (divf (float64 $kv) 1073741824.0 | mulf 0.9375) -}}
 {{- end -}}
 {{- $derived := dict "kvstore" $kvstore "ingress" (dict "host" "0.0.0.0") -}}
 {{- /* Without GPUs a replica reserves a CPU: one that reserves nothing could be put on the head. */ -}}
