@@ -18,6 +18,7 @@ import yaml
 
 from tests.support.charts import EXAMPLES, one, read, render4
 from tests.support.ray_head import RayHead, ray_head
+from tokenflow.cluster.app import APP_NAME
 from tokenflow.cluster.local import free_port
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.stub import InferenceStub
@@ -51,7 +52,7 @@ class Served:
         body = json.dumps(yaml.safe_load(self.text))
         answer = self.head.call("PUT", "/api/serve/applications/", content=body)
         assert answer.status_code == 200, answer.text
-        self.head.wait_until_served("tokenflow")
+        self.head.wait_until_served(APP_NAME)
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +122,13 @@ def test_without_the_token_the_dashboard_refuses(served, method, path):
     assert served.head.call(method, path, token=False, json={}).status_code == 401
 
 
-def test_a_change_of_the_configuration_is_applied_in_place(served):
+def test_a_change_of_the_configuration_is_applied_in_place(served, tmp_path):
+    """By Serve's own command, as without Kubernetes."""
     before = served.text
     served.values["config"]["limits"] = {"max_choices": 3}
     assert served.text != before
-    served.put()
+    (tmp_path / "serve.yaml").write_text(served.text)
+    served.head.serve_deploy(tmp_path / "serve.yaml")
     body = {"model": MODEL, "prompt": "The sea", "max_tokens": 1, "n": 4}
     with httpx.Client(trust_env=False, timeout=60) as client:
         refused = client.post(f"{served.url}/v1/completions", json=body)

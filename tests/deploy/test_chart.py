@@ -184,6 +184,14 @@ def test_the_network_policy_opens_nothing_else():
     assert len(policy["egress"]) == 3
 
 
+def test_alerts_and_dashboard_are_the_ones_of_the_repository():
+    manifests = rendered(EVERYTHING)
+    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
+    assert one(manifests, "PrometheusRule")["spec"] == alerts
+    (dashboard,) = (m for m in manifests if m["metadata"]["name"].endswith("-dashboard"))
+    assert dashboard["data"] == {"tokenflow.json": (CHART / "files" / "dashboard.json").read_text()}
+
+
 # -- what builds a second cluster, and what does not ---------------------------------------------
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from tests.support.processes import processes_of
+from tokenflow.cluster.app import APP_NAME
 from tokenflow.cluster.local import SERVE_ENVIRONMENT, free_port
 
 _START_TIMEOUT_S = 90
@@ -76,6 +77,16 @@ class RayHead:
         with httpx.Client(trust_env=False, timeout=60) as client:
             return client.request(method, f"{self.dashboard}{path}", headers=headers, **options)
 
+    def serve_deploy(self, config: Path) -> None:
+        """`serve deploy`, until what it deploys is served."""
+        command = [_program("serve"), "deploy", str(config), "--address", self.dashboard]
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        done = subprocess.run(
+            command, env=os.environ | token, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        self.wait_until_served(APP_NAME)
+
     def wait_until_served(self, application: str, timeout_s: float = 120) -> None:
         """Until Serve says RUNNING. Raises AssertionError with Serve's own words."""
         deadline = time.monotonic() + timeout_s
@@ -87,6 +98,10 @@ class RayHead:
             failed = found.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")
             assert not failed and time.monotonic() < deadline, found
             time.sleep(0.5)
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
 
 
 @contextlib.contextmanager
@@ -104,7 +119,7 @@ def ray_head() -> Iterator[RayHead]:
         "ray-client-server-port": free_port(),
     }
     command = [
-        str(Path(sys.executable).with_name("ray")),
+        _program("ray"),
         "start",
         "--head",
         "--block",
