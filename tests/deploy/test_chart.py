@@ -225,6 +225,17 @@ def test_the_configuration_alone_is_applied_in_place():
     assert changed == {"serveConfigV2"}
 
 
+@pytest.mark.parametrize("section", [{"model": {"path": "/other"}}, {"engine": {"block_size": 32}}])
+def test_another_layout_of_kv_needs_other_pods(section):
+    """A node's store keeps blocks of one size for as long as it lives."""
+    values = read(EVERYTHING)
+    before = one(render4(values), "RayService")["spec"]
+    values["config"] |= section
+    after = one(render4(values), "RayService")["spec"]
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"serveConfigV2", "rayClusterConfig"}
+
+
 def test_a_new_group_at_the_end_leaves_the_others_alone():
     values = read(EVERYTHING)
     before = one(render4(values), "RayService")["spec"]["rayClusterConfig"]

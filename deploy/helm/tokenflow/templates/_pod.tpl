@@ -12,7 +12,11 @@ metadata:
     {{- include "tokenflow.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
     {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- with $group.annotations }}
+  {{- $annotations := $group.annotations | default dict }}
+  {{- if $worker }}
+  {{- $annotations = merge (dict "tokenflow-kv-layout" (include "tokenflow.kvLayout" $root)) $annotations }}
+  {{- end }}
+  {{- with $annotations }}
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
@@ -134,6 +138,14 @@ spec:
           - {key: {{ $values.auth.apiKeys.key }}, path: keys.yaml}
     {{- end }}
     {{- with $group.volumes }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- end -}}
+
+{{/* A node's store keeps blocks of one layout for as long as the pod lives: what changes the layout
+     needs other pods, and gets them by this annotation. */}}
+{{- define "tokenflow.kvLayout" -}}
+{{- $config := include "tokenflow.config" . | fromYaml -}}
+{{- $engine := $config.engine | default dict -}}
+{{- list (dig "model" "path" "" $config) $engine.block_size $engine.dtype | toJson | sha256sum | trunc 12 -}}
 {{- end -}}
 
 {{/* Ports called serve and serve-* on the head become those of <name>-serve-svc. */}}
