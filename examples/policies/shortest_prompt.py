@@ -32,13 +32,14 @@ class ShortestPrompt:
         plan = Plan()
         tracker, running = view.tracker, view.running()
         # Everybody on the device needs room for the next token; the newest make it for the others.
-        while len(running) > 1 and view.growth(running).sum() > view.free_blocks + sum(
-            len(seq.blocks) for seq, _ in plan.preempt
-        ):
-            plan.preempt += [(seq, Preempt.RECOMPUTE) for seq in tracker.take(running[-1:])]
-            running = running[:-1]
+        free, stay = view.free_blocks, len(running)
+        while stay > 1 and view.growth(running[:stay]).sum() > free:
+            stay -= 1
+            free += int(tracker.blocks[running[stay]])
+            plan.preempt.append((tracker.sequences[running[stay]], Preempt.RECOMPUTE))
+        running = running[:stay]
         if not plan.preempt:
-            free = view.free_blocks - int(view.growth(running).sum())
+            free -= int(view.growth(running).sum())
             waiting = view.waiting()
             waited_s = now - tracker.arrival_s[waiting]
             order = np.argsort(tracker.context[waiting] - self.params.patience * waited_s)
