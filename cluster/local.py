@@ -30,6 +30,8 @@ from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
 from tokenflow.replicas.tokenizer import check_tokenizer
 
+HEADER_TIMEOUT_S = 10
+"""Longest time that the head of a request may take; then its connection is closed."""
 _ANSWER_TIMEOUT_S = 60.0
 _STEADY_S = 1.0
 _PORTS = 100
@@ -48,6 +50,13 @@ SERVE_ENVIRONMENT = {
     # A gRPC client has one connection for all its streams; beyond this many, and Ray says
     # 100, they would wait for each other's end without a word.
     "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
+    # Serve sets no limit on how long the head of a request may take and has no variable for it;
+    # this one is the last line of its HAProxy's defaults, so another may follow.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
+        f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
+    ),
+    # Log lines are to be in their file when they are written, not a thousand lines later.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
 }
 """What every process of Ray needs, on this machine and wherever else it is started (deploy/)."""
 

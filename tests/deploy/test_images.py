@@ -105,8 +105,11 @@ def test_serve_yaml_is_what_serve_takes():
 
 
 def environment_file() -> dict[str, str]:
-    lines = (DEPLOY / "ray" / "tokenflow.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """What a shell makes of it."""
+    script = f"set -a; . {DEPLOY / 'ray' / 'tokenflow.env'}; exec env -0"
+    done = subprocess.run(["bash", "-c", script], env={}, capture_output=True, text=True, timeout=9)
+    found = dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+    return {key: value for key, value in found.items() if key.startswith("RAY_")}
 
 
 def test_the_environment_is_that_of_tokenflow_serve():

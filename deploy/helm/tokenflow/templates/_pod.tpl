@@ -70,11 +70,14 @@ spec:
       resources: {{- toYaml $group.resources | nindent 8 }}
       ports: {{- include (printf "tokenflow.%sPorts" .component) $root | nindent 8 }}
       env:
-        # As `tokenflow serve` sets them: HAProxy in front, frames over gRPC.
+        # As `tokenflow serve` sets them: HAProxy in front, with a limit on the time that the head of
+        # a request may take, frames over gRPC, logs at once.
         - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
         - {name: RAY_SERVE_THROUGHPUT_OPTIMIZED, value: "1"}
         - {name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: "1"}
         - {name: RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS, value: "10000"}
+        - {name: RAY_SERVE_HAPROXY_BALANCE_ALGORITHM, value: "leastconn\n    timeout http-request 10s"}
+        - {name: RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, value: "1"}
         - {name: RAY_worker_niceness, value: "0"}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $values.drainSeconds | quote }}}
