@@ -92,6 +92,10 @@ def preflight(config: ClusterConfig) -> Preflight:
         ("ingress.grpc_port", config.ingress.grpc_port),
     ):
         _check_port(key, config.ingress.host, port)
+    if config.tracing.endpoint is not None:
+        from tokenflow.cluster.tracing import otlp_exporter
+
+        otlp_exporter(config.tracing.endpoint)
     if config.ingress.port == config.ingress.grpc_port:
         raise ConfigError("ingress.port and ingress.grpc_port must differ.")
     return Preflight(spec, device, blocks, gpus_each)
