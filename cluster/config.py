@@ -21,6 +21,7 @@ from pydantic import (
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.logs import LogConfig
 from tokenflow.cluster.routing import ROUTERS
+from tokenflow.kvstore.segment import SHM_DIRECTORY
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
 
@@ -59,6 +60,12 @@ class KVStoreConfig(_Section):
         allow_inf_nan=False,
         description="Host memory for KV per node, GiB; 0 = none, null = a safe share of what is "
         "free.",
+    )
+    directory: str = Field(
+        default=SHM_DIRECTORY,
+        min_length=1,
+        description="Where it lies: a folder of a file system in memory (tmpfs) that all replicas "
+        "of a node see.",
     )
 
 

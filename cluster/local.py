@@ -39,6 +39,28 @@ _STEADY_S = 1.0
 _PORTS = 100
 """Kept for the servers of one cluster's ingresses."""
 _PORT_RANGE = (20_000, 30_000)
+SERVE_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers run at 15 by default: any other process would come before the model.
+    "RAY_worker_niceness": "0",
+    # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A HAProxy that died is started again after three of these, by default after 30 s:
+    # that is as long as a resumable request waits for its client.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A gRPC client has one connection for all its streams; beyond this many, and Ray says
+    # 100, they would wait for each other's end without a word.
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
+    # Serve sets no limit on how long the head of a request may take and has no variable for it;
+    # this one is the last line of its HAProxy's defaults, so another may follow.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
+        f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
+    ),
+    # Log lines are to be in their file when they are written, not a thousand lines later.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+}
+"""What every process of Ray needs, on this machine and wherever else it is started (deploy/)."""
 
 
 class ServingError(TokenFlowError):
@@ -280,15 +302,7 @@ class LocalCluster:
     def _set_environment(self, scratch: Path) -> None:
         """Serve reads these in the processes that Ray starts; what the user has set wins."""
         values = {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
-            # Ray's workers run at 15 by default: any other process would come before the model.
-            "RAY_worker_niceness": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            # A HAProxy that died is started again after three of these, by default after 30 s:
-            # that is as long as a resumable request waits for its client.
-            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            **SERVE_ENVIRONMENT,
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             # Serve sets no limit on how long the head of a request may take and has no variable for
             # it; this one is the last line of its HAProxy's defaults, so another may follow.
@@ -297,9 +311,6 @@ class LocalCluster:
             ),
             # Log lines are to be in their file when they are written, not a thousand lines later.
             "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
-            # A gRPC client has one connection for all its streams; beyond this many, and Ray says
-            # 100, they would wait for each other's end without a word.
-            "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
             # Two clusters on one machine must not share sockets or ports.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),

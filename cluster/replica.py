@@ -24,7 +24,7 @@ from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
 from tokenflow.kvstore.node import StoreConfig
-from tokenflow.kvstore.segment import SHM_DIRECTORY, Segment
+from tokenflow.kvstore.segment import Segment
 from tokenflow.kvstore.sizing import (
     available_memory_bytes,
     default_host_bytes,
@@ -113,12 +113,18 @@ class Replica:
         if gib == 0:
             return NullHostSlots(), None, None
         slot_bytes = spec.kv_layout(config.engine.block_size).block_bytes
+        directory = config.kvstore.directory
         try:
             total = int((gib or 0) * 2**30) or default_host_bytes(
-                available_memory_bytes(), free_bytes(SHM_DIRECTORY)
+                available_memory_bytes(), free_bytes(directory)
             )
             store = store_for_this_node(
-                StoreConfig(total, slot_bytes, max_owner_fraction=default_owner_fraction(sharers))
+                StoreConfig(
+                    total,
+                    slot_bytes,
+                    max_owner_fraction=default_owner_fraction(sharers),
+                    directory=directory,
+                )
             )
             control = RayStoreControl(store, uuid.uuid4().hex, slot_bytes=slot_bytes)
         except KVStoreError as error:

@@ -15,7 +15,11 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: str = Field(default="slack", description="Scheduling policy, by name.")
+    policy: str = Field(
+        default="slack",
+        description="Scheduling policy, by name; or `module:Class` for one of yours "
+        "(docs/write-a-policy.md).",
+    )
     policy_params: dict[str, float] = Field(
         default_factory=dict, description="Parameters of the policy that differ from its defaults."
     )
