@@ -304,13 +304,6 @@ class LocalCluster:
         values = {
             **SERVE_ENVIRONMENT,
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-            # Serve sets no limit on how long the head of a request may take and has no variable for
-            # it; this one is the last line of its HAProxy's defaults, so another may follow.
-            "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
-                f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
-            ),
-            # Log lines are to be in their file when they are written, not a thousand lines later.
-            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
             # Two clusters on one machine must not share sockets or ports.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
