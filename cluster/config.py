@@ -22,6 +22,7 @@ from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.routing import ROUTERS
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.executor.shapes import embedded_model
 
 
 class _Section(BaseModel):
@@ -34,7 +35,8 @@ class ModelConfig(_Section):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="A local Hugging Face model directory; null = the embedded model.",
+        description="A local Hugging Face model directory, or random:NAME for the shape of a known "
+        "model with random weights; null = the embedded model.",
     )
     served_name: str | None = Field(
         default=None, min_length=1, description="The name clients use; null = the folder's name."
@@ -166,13 +168,6 @@ class ClusterConfig(_Section):
     replicas: ReplicasConfig = ReplicasConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
-
-
-def embedded_model() -> Path:
-    """The directory of the model that ships in the package."""
-    import tokenflow.replicas
-
-    return Path(tokenflow.replicas.__path__[0]) / "models" / "tokenflow-books"
 
 
 def load_config(
