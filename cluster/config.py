@@ -94,7 +94,9 @@ class ReplicasConfig(_Section):
         default=None, description="Bounds and targets; null = always `count` replicas."
     )
     gpus_each: float | None = Field(
-        default=None, ge=0, description="null = 1 where the cluster has GPUs, else 0."
+        default=None,
+        ge=0,
+        description="null = engine.tensor_parallel where the cluster has GPUs, else 0.",
     )
     cpus_each: float = Field(default=0, ge=0, description="CPUs Ray reserves for a replica.")
     router: str = Field(

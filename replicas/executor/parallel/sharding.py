@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tokenflow.replicas.errors import CheckpointError, ConfigError
+from tokenflow.replicas.errors import CheckpointError
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.weights import Part, Weights
 
@@ -57,15 +57,6 @@ class Shard:
                 "devices; choose another engine.tensor_parallel."
             )
         return Part(dim, self.rank * length, length)
-
-
-def check_divides(spec: ModelSpec, size: int) -> None:
-    """Raise ConfigError unless the model's heads can be divided over `size` devices."""
-    if spec.num_heads % size or spec.kv_heads % size:
-        raise ConfigError(
-            f"engine.tensor_parallel: {size} devices cannot share the {spec.num_heads} heads and "
-            f"{spec.kv_heads} KV heads of {spec.name} evenly; choose a divisor of both."
-        )
 
 
 def fill(model: nn.Module, weights: Weights, shard: Shard, *, tied: bool) -> None:
