@@ -147,28 +147,17 @@ def build_executor(
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
     ranks = config.tensor_parallel
-    num_threads = cpu_threads(config, sharers * ranks) if device == "cpu" else None
+    options: dict[str, Any] = {
+        "num_blocks": num_blocks,
+        "block_size": config.block_size,
+        "max_num_seqs": config.max_num_seqs,
+        "device": device,
+        "num_threads": cpu_threads(config, sharers * ranks) if device == "cpu" else None,
+        "fuse": config.fuse,
+    }
     if ranks > 1:
-        return ParallelExecutor(
-            spec,
-            ranks,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            device=device,
-            num_threads=num_threads,
-            fuse=config.fuse,
-        )
-    return TorchExecutor(
-        spec,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        device=device,
-        host_memory=host_memory,
-        num_threads=num_threads,
-        fuse=config.fuse,
-    )
+        return ParallelExecutor(spec, ranks, **options)
+    return TorchExecutor(spec, host_memory=host_memory, **options)
 
 
 def build_engine(

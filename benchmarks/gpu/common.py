@@ -6,6 +6,7 @@ Every piece runs with `--device cpu --tiny` too, which shows that it works and m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -49,7 +50,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a field of the engine's configuration, such as executor.attention_backend=triton",
+        help="a field of the engine's configuration, such as attention_backend=triton",
     )
     flags.add_argument("--seconds", type=float, default=480.0, help="stop starting things (480)")
     return flags
@@ -105,11 +106,7 @@ class Run:
         tree: dict[str, Any] = {"device": self.args.device, **fixed}
         for item in self.args.set:
             key, _, value = item.partition("=")
-            node = tree
-            *parents, leaf = key.split(".")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = _value(value)
+            tree[key] = _value(value)
         try:
             return EngineConfig.model_validate(tree)
         except ValidationError as error:
@@ -133,6 +130,12 @@ class Run:
             num_blocks=-(-kv_tokens // config.block_size),
         )
         return executor, spec
+
+    def free_memory(self) -> None:
+        """Give back what a closed executor has left."""
+        gc.collect()
+        if self.args.device == "cuda":
+            torch.cuda.empty_cache()
 
     def timed(self, call: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> float:
         """Median seconds of a call, by the device's events, else by the clock."""
@@ -207,9 +210,12 @@ def sequence(
     return ScheduledSequence(slot, tokens, start, table, sample, GREEDY, (), ())
 
 
-def later(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """The decode step after `batch`, with the same tokens again."""
-    return [sequence(s.slot, list(s.token_ids), s.start + 1, s.block_ids) for s in batch]
+def later(batch: list[ScheduledSequence], token: int | None = None) -> list[ScheduledSequence]:
+    """The decode step after `batch`, with the same tokens again or all with `token`."""
+    return [
+        sequence(s.slot, [s.token_ids[0] if token is None else token], s.start + 1, s.block_ids)
+        for s in batch
+    ]
 
 
 def weights_read(spec: ModelSpec) -> float:

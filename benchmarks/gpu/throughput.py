@@ -7,7 +7,6 @@ pays for its first use.
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from typing import Any
@@ -103,13 +102,12 @@ def main() -> None:
     took = ours(run, prompts, output, 2 * count * (prompt + output))
     run.keep("tokenflow", {"s": took, "output_tok_s": count * output / took})
     for attention in args.attention.split(","):
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+        run.free_memory()
         try:
             other = theirs(run, prompts, output, attention)
-        except (ImportError, RuntimeError, ValueError) as error:
-            run.keep(f"transformers, {attention}", f"did not run: {str(error).splitlines()[0]}")
+        except Exception as error:  # an attention that is not installed, say
+            problem = f"did not run: {type(error).__name__}: {str(error)[:200]}"
+            run.keep(f"transformers, {attention}", problem)
             continue
         run.keep(
             f"transformers, {attention}",

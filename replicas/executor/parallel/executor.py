@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,9 +28,7 @@ from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.parallel import worker
 from tokenflow.replicas.executor.parallel.sharding import Shard
 from tokenflow.replicas.executor.parallel.worker import RankSettings, join_group, make_executor
-from tokenflow.replicas.sampling.params import SamplingParams
 
-_GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 _EXIT_S = 5.0
 
 
@@ -50,13 +49,13 @@ class ParallelExecutor:
         *,
         num_blocks: int,
         block_size: int,
-        max_num_seqs: int,
         device: str = "cpu",
-        num_threads: int | None = None,
-        fuse: bool = True,
+        **options: Any,
     ) -> None:
         """Start the other ranks and load the model on all; on `ranks` GPUs from the first on, or
-        `ranks` times on the CPU, with `num_threads` each. Raises CheckpointError or RankLostError.
+        `ranks` times on the CPU. `options` as of TorchExecutor, for each rank.
+
+        Raises CheckpointError.
         """
         self.layout = spec.kv_layout(block_size)
         self.num_blocks = num_blocks
@@ -68,11 +67,7 @@ class ParallelExecutor:
             Shard(0, ranks),
             str(Path(self._folder.name) / "store"),
             _rank_device(device, 0),
-            num_blocks,
-            block_size,
-            max_num_seqs,
-            num_threads,
-            fuse,
+            {"num_blocks": num_blocks, "block_size": block_size, **options},
         )
         try:
             for rank in range(1, ranks):
@@ -90,7 +85,7 @@ class ParallelExecutor:
 
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
         """Raises RankLostError when another rank has ended."""
-        message = pickle.dumps([_without_sampling(s, self.layout.block_size) for s in batch], 5)
+        message = pickle.dumps([_abridged(s, self.layout.block_size) for s in batch], 5)
         for other in self._workers:
             other.send_bytes(message)
         try:
@@ -125,12 +120,13 @@ def _rank_device(device: str, rank: int) -> str:
     return "cpu" if device == "cpu" else f"cuda:{rank}"
 
 
-def _without_sampling(s: ScheduledSequence, block_size: int) -> ScheduledSequence:
-    """What another rank needs of a sequence; the first one draws the token."""
+def _abridged(s: ScheduledSequence, block_size: int) -> ScheduledSequence:
+    """What another rank needs of a sequence to compute the same logits and draw the same token."""
     blocks = -(-(s.start + len(s.token_ids)) // block_size)
-    return ScheduledSequence(
-        s.slot, s.token_ids, s.start, s.block_ids[:blocks], s.sample, _GREEDY, (), ()
-    )
+    prompt_ids, output_ids = s.prompt_ids, s.output_ids
+    if not s.params.penalizes:
+        prompt_ids, output_ids = (), range(len(output_ids))
+    return replace(s, block_ids=s.block_ids[:blocks], prompt_ids=prompt_ids, output_ids=output_ids)
 
 
 class _Worker:

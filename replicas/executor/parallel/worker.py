@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,11 +36,8 @@ class RankSettings:
     store: str
     """File by which the ranks find each other."""
     device: str
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    num_threads: int | None
-    fuse: bool
+    options: dict[str, Any]
+    """Further arguments of TorchExecutor."""
 
 
 def join_group(settings: RankSettings) -> None:
@@ -60,14 +58,7 @@ def join_group(settings: RankSettings) -> None:
 def make_executor(settings: RankSettings) -> TorchExecutor:
     """This rank's part of the model and of the KV. Raises CheckpointError."""
     return TorchExecutor(
-        settings.spec,
-        num_blocks=settings.num_blocks,
-        block_size=settings.block_size,
-        max_num_seqs=settings.max_num_seqs,
-        device=settings.device,
-        num_threads=settings.num_threads,
-        fuse=settings.fuse,
-        shard=settings.shard,
+        settings.spec, device=settings.device, shard=settings.shard, **settings.options
     )
 
 
