@@ -55,7 +55,7 @@ class ParallelExecutor:
         """Start the other ranks and load the model on all; on `ranks` GPUs from the first on, or
         `ranks` times on the CPU. `options` as of TorchExecutor, for each rank.
 
-        Raises CheckpointError.
+        Raises CheckpointError or RankLostError.
         """
         self.layout = spec.kv_layout(block_size)
         self.num_blocks = num_blocks
@@ -79,8 +79,12 @@ class ParallelExecutor:
             self._own = make_executor(first)
             for other in self._workers:
                 other.wait_until_loaded()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            try:
+                if isinstance(error, RuntimeError):  # of a rank that others have waited for
+                    self._raise_if_lost()
+            finally:
+                self._end()
             raise
 
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
@@ -91,8 +95,7 @@ class ParallelExecutor:
         try:
             return self._own.execute(batch)
         except Exception:
-            for other in self._workers:
-                other.raise_if_lost()
+            self._raise_if_lost()
             raise
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
@@ -107,6 +110,10 @@ class ParallelExecutor:
     def close(self) -> None:
         self._own.close()
         self._end()
+
+    def _raise_if_lost(self) -> None:
+        for other in self._workers:
+            other.raise_if_lost()
 
     def _end(self) -> None:
         for other in self._workers:

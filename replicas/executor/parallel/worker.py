@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tokenflow.replicas.executor.base import ScheduledSequence
@@ -46,6 +47,8 @@ def join_group(settings: RankSettings) -> None:
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     shard = settings.shard
+    if settings.device != "cpu":
+        torch.cuda.set_device(settings.device)
     dist.init_process_group(
         "gloo" if settings.device == "cpu" else "nccl",
         store=dist.FileStore(settings.store, shard.size),
