@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format typecheck unit clean
+.PHONY: setup demo test lint format typecheck unit fuzz clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ test: setup lint typecheck
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit tests/property
+
+fuzz: setup
+	TOKENFLOW_FUZZ_REQUESTS=10000 $(BIN)/python -m pytest -s tests/cluster/test_security.py -k fuzz
 
 lint: setup
 	$(BIN)/ruff check .

@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-num-seqs", type=int, metavar="N", help="most sequences on the device at once"
     )
     serve.add_argument("--served-model-name", metavar="NAME", help="the name clients use")
+    serve.add_argument("--api-keys", metavar="FILE", help="ask for the API keys of this file")
+    serve.add_argument("--tls-cert", metavar="FILE", help="serve with TLS: PEM certificate chain")
+    serve.add_argument("--tls-key", metavar="FILE", help="PEM private key of the certificate")
     serve.set_defaults(run=run_serve)
 
     from tokenflow.cluster import demo
@@ -60,6 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=run_demo)
+
+    from tokenflow.cluster import top
+
+    top_parser = commands.add_parser(
+        "top",
+        help="a live view of a running cluster",
+        description="A live view of a running cluster: its readers, replicas and KV memory.",
+    )
+    top.add_arguments(top_parser)
+    top_parser.set_defaults(run=top.run)
 
     from tokenflow.loadgen import command as bench
 
@@ -91,6 +104,15 @@ def build_parser() -> argparse.ArgumentParser:
     simulate_cluster.add_arguments(cluster_parser)
     cluster_parser.set_defaults(run=simulate_cluster.run)
 
+    from tokenflow.cluster import keys_command
+
+    keys_parser = commands.add_parser(
+        "keys",
+        help="make, list and revoke API keys",
+        description="The API keys of a cluster: the file that security.api_keys_file names.",
+    )
+    keys_command.add_arguments(keys_parser)
+
     from tokenflow.replicas.simulator import calibrate_command as calibrate
 
     calibrate_parser = commands.add_parser(
@@ -114,6 +136,9 @@ FLAGS = {
     "kv_tokens": "engine.kv_tokens",
     "host_kv_gib": "kvstore.host_kv_gib",
     "max_num_seqs": "engine.max_num_seqs",
+    "api_keys": "security.api_keys_file",
+    "tls_cert": "security.tls.certificate",
+    "tls_key": "security.tls.key",
 }
 """Command-line flags and the configuration keys they override."""
 
@@ -158,13 +183,14 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def ready_message(cluster: Any, config: ClusterConfig) -> str:
+    key = " -H 'Authorization: Bearer sk-tf-...'" if config.security.api_keys_file else ""
     return f"""Ready.
 
   HTTP (OpenAI-compatible): {cluster.url}/v1
   gRPC (tokenflow.v1):      {cluster.grpc_target}
 
 Try it:
-  curl -N {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+  curl -N {cluster.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{{
     "model": "{config.model.name}", "stream": true, "token_rate": 20, "max_tokens": 64,
     "messages": [{{"role": "user", "content": "Tell me a story."}}]}}'
 

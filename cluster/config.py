@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.logs import LogConfig
 from tokenflow.cluster.routing import ROUTERS
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
@@ -161,6 +162,48 @@ class IngressConfig(_Section):
     )
 
 
+class TLSConfig(_Section):
+    """A certificate for the HTTP and gRPC ports of `tokenflow serve`; renewed files are taken up
+    without a restart."""
+
+    certificate: str = Field(min_length=1, description="PEM file: the certificate and its chain.")
+    key: str = Field(min_length=1, description="PEM file: its private key.")
+
+
+class SecurityConfig(_Section):
+    """Who may come in, and how."""
+
+    api_keys_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="YAML file of API keys, see `tokenflow keys`; null = nobody is asked for one.",
+    )
+    tls: TLSConfig | None = Field(default=None, description="null = plain text.")
+
+    @property
+    def keys_path(self) -> Path | None:
+        return Path(os.path.expanduser(self.api_keys_file)) if self.api_keys_file else None
+
+
+class TracingConfig(_Section):
+    """OpenTelemetry traces of requests."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Where an OpenTelemetry collector takes OTLP over HTTP, such as "
+        "http://collector:4318/v1/traces; null = no traces.",
+    )
+    sample_ratio: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests to be traced whose clients do not decide that "
+        "themselves, by the header traceparent.",
+    )
+    service_name: str = Field(default="tokenflow", min_length=1)
+
+
 class ClusterConfig(_Section):
     """Everything `tokenflow serve --config FILE` reads."""
 
@@ -170,6 +213,9 @@ class ClusterConfig(_Section):
     replicas: ReplicasConfig = ReplicasConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
+    security: SecurityConfig = SecurityConfig()
+    logging: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()
 
 
 def load_config(

@@ -1,4 +1,5 @@
-"""Changing and ending running requests by their id, whichever ingress they belong to."""
+"""Changing and ending running requests by their id inside the cluster, whichever ingress they
+belong to."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from tokenflow.cluster.deadline import before, until
+from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
+from tokenflow.cluster.tenancy import public_id
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -46,6 +48,7 @@ class Generation:
     ) -> None:
         self._manager = manager
         self.id = request_id
+        """Inside the cluster (`tenancy.scoped_id`); its client knows it as `public_id`."""
         self.prompts = prompts
         self.streams = streams
         self.reader = 0
@@ -76,11 +79,14 @@ class Generation:
         cache_salt: str | None = None,
         context: bytes = b"",
         deadline_s: float | None = None,
+        *,
+        traced: bool = False,
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
         `sampling(prompt_tokens, choice)` gives a choice's parameters. With a `context` the streams
-        outlive their reader (see `Submission.context`). At `deadline_s`, on the monotonic clock,
+        outlive their reader (see `Submission.context`); those that are `traced` say what they went
+        through (`Stream.attempts`). At `deadline_s`, on the monotonic clock,
         all ends with DeadlineExceededError, now or in `updates`.
         """
         streams = [
@@ -93,6 +99,7 @@ class Generation:
                 cache_salt,
                 choice=i,
                 context=context,
+                traced=traced,
             )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]
@@ -130,6 +137,28 @@ class Generation:
             self._manager.read_again(stream, count)
         self.reader += 1
         self._delivered = sum(counts)
+
+    @property
+    def public_id(self) -> str:
+        return public_id(self.id)
+
+    # What the quota of its key asks for.
+
+    @property
+    def running(self) -> int:
+        """Streams that have not ended."""
+        return sum(stream.finish_reason is None for stream in self.streams)
+
+    @property
+    def rate(self) -> float:
+        """Sum of the token rates of those, tokens/s."""
+        running = (stream for stream in self.streams if stream.finish_reason is None)
+        return sum(counted_rate(stream.token_rate) for stream in running)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens so far, of each stream."""
+        return sum(len(stream.prompt_ids) + len(stream.token_ids) for stream in self.streams)
 
     @property
     def resumable(self) -> bool:

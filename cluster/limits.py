@@ -11,6 +11,9 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Longest HTTP body.")
+    max_body_s: float = Field(
+        default=30.0, gt=0, description="Longest time that the HTTP body of a request may take."
+    )
     max_stop_sequences: int = Field(default=16, ge=0)
     max_stop_length: int = Field(default=256, ge=1, description="Characters of one stop string.")
     max_choices: int = Field(default=16, ge=1, description="Prompts times n of one request.")
@@ -24,6 +27,13 @@ class Limits(BaseModel):
         gt=0,
         description="A request whose first token is predicted to come later is refused with 429 "
         "and Retry-After; null = only a full queue refuses.",
+    )
+    max_predicted_stall_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds for which readers may be asked to go short. A request that would make "
+        "it longer is refused in the same way: what streams keeps its rate under any load. null = "
+        "it may begin at once and pause, so long as max_predicted_ttft_s is kept.",
     )
     max_timeout_s: float = Field(
         default=86_400.0, gt=0, description="Longest timeout that a request may give itself."

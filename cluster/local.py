@@ -23,13 +23,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tokenflow.cluster.config import ClusterConfig
+from tokenflow.cluster.api_keys import load_keys
+from tokenflow.cluster.config import ClusterConfig, TLSConfig
 from tokenflow.cluster.local_nodes import LocalNodes
+from tokenflow.cluster.tls_front import Route, TLSFront, read_certificate
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.factory import free_memory_bytes, inspect_model, plan_blocks, resolve_device
 from tokenflow.replicas.tokenizer import check_tokenizer
 
+HEADER_TIMEOUT_S = 10
+"""Longest time that the head of a request may take; then its connection is closed."""
 _ANSWER_TIMEOUT_S = 60.0
 _STEADY_S = 1.0
 _PORTS = 100
@@ -56,6 +60,10 @@ def preflight(config: ClusterConfig) -> Preflight:
     device = resolve_device(config.engine.device)
     spec = inspect_model(config.model.directory, config.engine, device)
     check_tokenizer(config.model.directory)
+    if (keys := config.security.keys_path) is not None:
+        load_keys(keys)
+    if config.security.tls is not None:
+        read_certificate(config.security.tls)
     gpus_each = _gpus_each(config, device)
     sharers = config.replicas.most if gpus_each == 0 else 1
     blocks = plan_blocks(
@@ -69,6 +77,10 @@ def preflight(config: ClusterConfig) -> Preflight:
         ("ingress.grpc_port", config.ingress.grpc_port),
     ):
         _check_port(key, config.ingress.host, port)
+    if config.tracing.endpoint is not None:
+        from tokenflow.cluster.tracing import otlp_exporter
+
+        otlp_exporter(config.tracing.endpoint)
     if config.ingress.port == config.ingress.grpc_port:
         raise ConfigError("ingress.port and ingress.grpc_port must differ.")
     return Preflight(spec, device, blocks, gpus_each)
@@ -152,12 +164,16 @@ class LocalCluster:
         """Whether this object has called ray.init."""
         self._serving = False
         self._deployed = False
+        self._front: TLSFront | None = None
+        self._plain_ports: tuple[int, int] | None = None
+        """HTTP and gRPC, behind the TLS front."""
         self._scratch: Path | None = None
         self._set_keys: list[str] = []
 
     @property
     def url(self) -> str:
-        return f"http://{self._shown_host}:{self.config.ingress.port}"
+        scheme = "http" if self.config.security.tls is None else "https"
+        return f"{scheme}://{self._shown_host}:{self.config.ingress.port}"
 
     @property
     def grpc_target(self) -> str:
@@ -170,6 +186,13 @@ class LocalCluster:
         if host in ("0.0.0.0", "::"):
             return "127.0.0.1"
         return f"[{host}]" if ":" in host else host
+
+    def _serve_at(self) -> tuple[str, int, int]:
+        """Where Serve itself listens: host, HTTP port, gRPC port."""
+        ingress = self.config.ingress
+        if self._plain_ports is not None:
+            return ("127.0.0.1", *self._plain_ports)
+        return ingress.host, ingress.port, ingress.grpc_port
 
     def prepare(self) -> None:
         """Set the environment that Ray's processes need; before any of them is started. `start`
@@ -200,21 +223,33 @@ class LocalCluster:
                 "Deploy tokenflow.cluster.app:app there, or set RAY_ADDRESS=local to start apart "
                 "from it."
             )
+        if self.config.security.tls is not None:
+            self._start_front(self.config.security.tls)
+        host, port, grpc_port = self._serve_at()
         serve.start(
             http_options=HTTPOptions(
-                host=self.config.ingress.host,
-                port=self.config.ingress.port,
+                host=host,
+                port=port,
                 request_timeout_s=None,
                 # Several nodes on one machine cannot all have the port.
                 location=ProxyLocation.HeadOnly if self._own_ray else ProxyLocation.EveryNode,
             ),
-            grpc_options=gRPCOptions(
-                port=self.config.ingress.grpc_port, grpc_servicer_functions=GRPC_SERVICERS
-            ),
+            grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
         )
         # Deploying is announced by whoever uses this, in their own words.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._serving = True
+
+    def _start_front(self, tls: TLSConfig) -> None:
+        ingress = self.config.ingress
+        assert self._scratch is not None
+        self._plain_ports = free_port(), free_port()
+        routes = [
+            Route("http", ingress.host, ingress.port, self._plain_ports[0]),
+            Route("grpc", ingress.host, ingress.grpc_port, self._plain_ports[1], http2_only=True),
+        ]
+        self._front = TLSFront(tls, routes, self._scratch, HEADER_TIMEOUT_S)
+        self._front.start()
 
     def _init_ray(self) -> bool:
         """Connect to a running Ray, or start one; True when it is ours. RAY_ADDRESS as in Ray:
@@ -246,7 +281,9 @@ class LocalCluster:
 
     @property
     def _loopback(self) -> bool:
-        return self.config.ingress.host in ("127.0.0.1", "localhost")
+        # Behind a front of our own nothing else needs to be reached from elsewhere.
+        inside = self.config.security.tls is not None
+        return inside or self.config.ingress.host in ("127.0.0.1", "localhost")
 
     def _set_environment(self, scratch: Path) -> None:
         """Serve reads these in the processes that Ray starts; what the user has set wins."""
@@ -261,6 +298,13 @@ class LocalCluster:
             # that is as long as a resumable request waits for its client.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Serve sets no limit on how long the head of a request may take and has no variable for
+            # it; this one is the last line of its HAProxy's defaults, so another may follow.
+            "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
+                f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
+            ),
+            # Log lines are to be in their file when they are written, not a thousand lines later.
+            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
             # A gRPC client has one connection for all its streams; beyond this many, and Ray says
             # 100, they would wait for each other's end without a word.
             "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
@@ -330,6 +374,9 @@ class LocalCluster:
         import grpc
         import httpx
 
+        host, port, grpc_port = self._serve_at()
+        if self._plain_ports is None:
+            host = self._shown_host
         deadline = time.monotonic() + _ANSWER_TIMEOUT_S
         steady_since: float | None = None
         while steady_since is None or time.monotonic() - steady_since < _STEADY_S:
@@ -338,7 +385,7 @@ class LocalCluster:
             try:
                 # A new connection each time, as a new client would make it.
                 with httpx.Client(trust_env=False, timeout=5) as client:
-                    healthy = client.get(f"{self.url}/health").status_code == 200
+                    healthy = client.get(f"http://{host}:{port}/health").status_code == 200
             except httpx.TransportError:
                 healthy = False
             if not healthy:
@@ -346,7 +393,7 @@ class LocalCluster:
             elif steady_since is None:
                 steady_since = time.monotonic()
             time.sleep(0.05)
-        with grpc.insecure_channel(self.grpc_target) as channel:
+        with grpc.insecure_channel(f"{host}:{grpc_port}") as channel:
             try:
                 ready = grpc.channel_ready_future(channel)
                 ready.result(timeout=max(1.0, deadline - time.monotonic()))
@@ -363,6 +410,9 @@ class LocalCluster:
         """Take everything down that `start` and `serve` brought up."""
         import ray
 
+        if self._front is not None:
+            self._front.stop()
+            self._front = self._plain_ports = None
         # The controller ends by killing itself, and Ray prints that as a task's failure.
         with contextlib.redirect_stdout(io.StringIO()):
             if self._serving:

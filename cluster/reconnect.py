@@ -1,7 +1,8 @@
 """Requests that outlive a lost connection: who may come back, to what, and until when.
 
 Every ingress keeps those of its own clients here; one that it does not know it takes over from the
-replicas (`StreamManager.adopt`), whose context says how the answer was begun.
+replicas (`StreamManager.adopt`), whose context says how the answer was begun. Ids are those that
+requests have inside the cluster (`tenancy.scoped_id`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tokenflow.cluster.api.protocol import Call
 from tokenflow.cluster.generation import Generation
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
+from tokenflow.cluster.tenancy import public_id
 from tokenflow.replicas.errors import InvalidRequestError
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -67,10 +69,11 @@ class Reconnections:
         """While a request of that id is being started. Raises InvalidRequestError (409) when there
         is one already."""
         kept = self._kept.get(request_id)
+        shown = public_id(request_id)[:_SHOWN_CHARS]
         if request_id in self._starting or (kept is not None and not kept.generation.taken):
             raise InvalidRequestError(
-                f"A resumable request {request_id[:_SHOWN_CHARS]!r} exists already; go on with it, "
-                "or choose another id.",
+                f"A resumable request {shown!r} exists already; go on with it, or choose "
+                "another id.",
                 param="request_id",
                 status=409,
             )
@@ -139,7 +142,7 @@ class Reconnections:
                 tuple(context.prompts[choice // each]),
                 params,
                 context.call.token_rate,
-                context.call.cache_salt,
+                context.call.prefix_salt,
                 choice=choice,
                 context=data,
             )
@@ -155,8 +158,9 @@ class Reconnections:
 
 
 def unknown_request(request_id: str) -> InvalidRequestError:
+    shown = public_id(request_id)[:_SHOWN_CHARS]
     return InvalidRequestError(
-        f"There is no request {request_id[:_SHOWN_CHARS]!r}, or its time to come back is over.",
+        f"There is no request {shown!r}, or its time to come back is over.",
         param="request_id",
         code="request_not_found",
         status=404,

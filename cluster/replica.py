@@ -17,7 +17,9 @@ from ray import serve
 from tokenflow.cluster.autoscaling import measures
 from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.kv_fetch import FetchStats, KVFetcher
+from tokenflow.cluster.logs import REQUEST_ID, adopt_engine_logs
 from tokenflow.cluster.outbox import Outboxes
+from tokenflow.cluster.tenancy import tenant_of
 from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
@@ -60,6 +62,7 @@ class Replica:
 
     def __init__(self, config_tree: dict[str, Any], sharers: int) -> None:
         config = parse_config(config_tree)
+        adopt_engine_logs()
         self._config = config
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
@@ -152,6 +155,7 @@ class Replica:
         """
         if target is not None:
             self._check_target(target)
+        REQUEST_ID.set(submission.client_id)
         request = Request(
             request_id=submission.request_id,
             prompt_ids=submission.prompt_ids,
@@ -161,7 +165,9 @@ class Replica:
             consumed=submission.consumed,
             paused=submission.paused,
             cache_salt=submission.cache_salt,
+            tenant=tenant_of(submission.client_id),
             arrival_s=time.monotonic() - submission.waited_s,
+            traced=submission.traced,
         )
         with self._outboxes.expecting(request.request_id):
             await self._fetch_kv(request, submission.kv_source)

@@ -29,6 +29,7 @@ from tokenflow.cluster.routing import (
     foresee,
 )
 from tokenflow.replicas.load import LoadReport
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 _REMEMBERED = 4096
 """Replicas that are gone, and requests that ended before they were placed, that are remembered."""
@@ -199,6 +200,12 @@ class ReplicaRegistry:
             trusted = [name for name in self._replicas if name not in self._avoided]
             ranked = foresee(ask, trusted, self._views, self._clock(), self._rng, ahead=ahead)
             return ranked[0][0] if ranked else None
+
+    def capacity(self) -> float:
+        """Tokens/s that all replicas together may promise; 0 while nothing is measured."""
+        with self._lock:
+            known = (self._views[name].report for name in self._replicas if name in self._views)
+            return LOAD_FACTOR * sum(report.capacity for report in known)
 
     @contextlib.contextmanager
     def reserve(self, asks: Iterable[Ask]) -> Iterator[None]:

@@ -35,7 +35,7 @@ class Submission:
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes."""
     client_id: str = ""
-    """The id of the client's request; its choices share it."""
+    """The id of the client's request (`tenancy.scoped_id`); its choices share it."""
     choice: int = 0
     context: bytes = b""
     """What another ingress needs to go on with the answer, of no meaning to the replica. Empty: the
@@ -45,6 +45,8 @@ class Submission:
     consumed: int | None = None
     """How many of `resumed_ids` the reader has consumed; None = all."""
     paused: bool = False
+    traced: bool = False
+    """Whether its events are to tell what happens to it."""
     kv_source: str | None = None
     """The node whose store has KV of this text, if another replica has served it before."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from tokenflow.replicas.buffers import take_buffers
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import CapacityError, InvalidRequestError
 from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
@@ -40,6 +41,10 @@ _LOWEST_RATE = 1e-3
 _HIGHEST_RATE = 1e6
 
 _PACING_INTERVAL_S = 0.5
+
+_TENANT_PER_FREE_PLACE = 8
+"""Requests a tenant may have here per place that is free: however many come, another one finds
+some. [dynamic thresholds: Choudhury and Hahne 1998]"""
 
 
 def check_rate(token_rate: float) -> None:
@@ -139,10 +144,13 @@ class Engine:
                 code="context_length_exceeded",
             )
         check_rate(request.token_rate)
-        if len(self._sequences) >= self.config.max_waiting:
-            raise CapacityError(
-                f"This replica already holds {len(self._sequences)} requests; try again later."
-            )
+        held = len(self._sequences)
+        free = self.config.max_waiting - held
+        full = free <= 0
+        if request.tenant:
+            full |= self.tracker.requests_of(request.tenant) >= _TENANT_PER_FREE_PLACE * free
+        if full:
+            raise CapacityError(f"This replica already holds {held} requests; try again later.")
 
     def known_keys(self, request: Request) -> list[bytes]:
         """Keys of all blocks that its prompt and resumed tokens fill, which `add` is then spared
@@ -306,6 +314,9 @@ class Engine:
         stats.now_cached_blocks = pool.cached_blocks
         stats.now_total_blocks = pool.num_blocks
         stats.now_free_host_slots = self.kv.host.available()
+        transfers, block_bytes = self.kv.transfers, self.executor.layout.block_bytes
+        stats.now_offload_queue_bytes = transfers.queued(to_host=True) * block_bytes
+        stats.now_load_queue_bytes = transfers.queued(to_host=False) * block_bytes
         stats.now_rate = float(tracker.rate[~tracker.paused].sum())
         if not len(tracker):
             stats.now_parked, stats.now_overloaded = 0, False
@@ -321,6 +332,9 @@ class Engine:
                 last=self.overload,
                 now=now,
             )
+            buffers = take_buffers(tracker, now)
+            stats.now_readers, stats.now_dry_readers = buffers.readers, buffers.dry
+            stats.now_buffer_quantiles_s = buffers.quantiles_s
         if self._meter.due(tracker, stats.requests, now):
             self._measure_load(now)
         return False
@@ -363,6 +377,7 @@ class Engine:
                 kv_tokens,
                 self.config.max_num_seqs,
                 self._expected_lengths(),
+                self.lengths.prompts_per_output,
             )
         stats = self.stats
         stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
@@ -523,6 +538,7 @@ class Engine:
                     fresh = 0
                 stats.prompt_tokens += fresh
                 stats.recomputed_tokens += n - fresh
+                seq.note("prefill", tokens=n, seconds=now - begun)
             filled = seq.num_computed // self._block_size
             seq.num_computed += n
             self.kv.publish(seq, filled, seq.num_computed // self._block_size)
@@ -540,11 +556,15 @@ class Engine:
     ) -> None:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
+        if not seq.output_ids:
+            seq.note("first_token")
         # A moved request's figure was told by the replica that drew its first token.
         cached_tokens = 0 if seq.output_ids else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
+        if reason is not None:
+            self._forget(seq, reason)
         self._events.append(
             TokenEvent(
                 seq.request_id,
@@ -555,12 +575,12 @@ class Engine:
                 logprobs,
                 reason.value if reason else None,
                 cached_tokens=cached_tokens,
+                notes=seq.take_notes(),
             )
         )
-        if reason is not None:
-            self._forget(seq, reason)
 
     def _end_early(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._forget(seq, reason)
         self._events.append(
             TokenEvent(
                 seq.request_id,
@@ -571,9 +591,9 @@ class Engine:
                 None,
                 reason.value,
                 error,
+                notes=seq.take_notes(),
             )
         )
-        self._forget(seq, reason)
 
     def _forget(self, seq: Sequence, reason: FinishReason) -> None:
         self.kv.forget(seq)
@@ -584,7 +604,11 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
-        self.lengths.observe(len(seq.output_ids), ended=reason is FinishReason.STOP)
+        self.lengths.observe(
+            len(seq.output_ids),
+            ended=reason is FinishReason.STOP,
+            prompt_tokens=len(seq.prompt_ids) - seq.cached_tokens,
+        )
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)

@@ -45,6 +45,10 @@ class CapacityError(TokenFlowError):
         self.retry_after_s = retry_after_s
 
 
+class QuotaError(CapacityError):
+    """The client has used up what it may use for now, however much is free."""
+
+
 class RequestCancelledError(TokenFlowError):
     """The request was ended early by a call to cancel it."""
 

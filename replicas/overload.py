@@ -84,13 +84,13 @@ def take_report(
 def _movable(
     tracker: Tracker, gamma: float, remaining: FloatArray, rates: FloatArray, now: float
 ) -> tuple[Movable, ...]:
-    """Who is off the device and beyond the capacity in order of arrival, or has no reader."""
+    """Who is off the device and beyond the capacity in their turn, or has no reader."""
     beyond = unpromised(tracker, LOAD_FACTOR * gamma)
     wishes = tracker.elastic if beyond is None else tracker.elastic | beyond
     off = np.zeros(len(tracker), bool)
     for state in (State.WAITING, State.PREEMPTED):
         off[tracker.rows(state)] = True
-    order = tracker.by_arrival()
+    order = tracker.in_turn()
     rows = order[(wishes & off)[order]]
     if not len(rows):
         return ()

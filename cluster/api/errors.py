@@ -11,6 +11,7 @@ from tokenflow.replicas.errors import (
     DeadlineExceededError,
     EngineDeadError,
     InvalidRequestError,
+    QuotaError,
     ReaderReplacedError,
     RequestCancelledError,
 )
@@ -26,13 +27,14 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str
         return (
             error.status,
             _body(error.message, "invalid_request_error", error.param, error.code),
-            {},
+            {"WWW-Authenticate": "Bearer"} if error.status == 401 else {},
         )
     if isinstance(error, CapacityError):
         seconds = str(max(1, math.ceil(error.retry_after_s)))
+        code = "rate_limit_exceeded" if isinstance(error, QuotaError) else "overloaded"
         return (
             429,
-            _body(str(error), "rate_limit_error", None, "overloaded"),
+            _body(str(error), "rate_limit_error", None, code),
             {"Retry-After": seconds},
         )
     if isinstance(error, DeadlineExceededError):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.tenancy import scoped_salt
 from tokenflow.replicas.errors import InvalidRequestError
 from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
@@ -82,6 +83,13 @@ class Call:
     """Whether the request outlives a lost connection for a while."""
     timeout_s: float | None = None
     """Seconds after which the client has no use for the rest; None = it waits."""
+    tenant: str = ""
+    """Who asks; empty where nobody is asked for that."""
+
+    @property
+    def prefix_salt(self) -> str | None:
+        """The salt of its cached prefixes, which no other tenant has."""
+        return scoped_salt(self.tenant, self.cache_salt)
 
     @property
     def is_chat(self) -> bool:

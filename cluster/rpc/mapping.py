@@ -195,10 +195,12 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """(code, details) for any exception; internals are logged, never shown."""
     if isinstance(error, InvalidRequestError):
         code = {
+            401: grpc.StatusCode.UNAUTHENTICATED,
             404: grpc.StatusCode.NOT_FOUND,
             409: grpc.StatusCode.ALREADY_EXISTS,
             413: grpc.StatusCode.RESOURCE_EXHAUSTED,
             416: grpc.StatusCode.OUT_OF_RANGE,
+            429: grpc.StatusCode.RESOURCE_EXHAUSTED,
         }.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
         named = error.param is None or error.message.startswith(f"{error.param} ")
         return code, error.message if named else f"{error.param}: {error.message}"

@@ -13,7 +13,9 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
    with so much left that it would end alone, after all others, runs first (*late*).
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
-   beyond are *parked*: they run on what the promised ones leave and are first to make room.
+   beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
+   several tenants each is promised its share (fairness.py), and whoever is parked leaves at once
+   for one who is not.
 5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
    more of the device on decoding than on prompts.
 
@@ -36,7 +38,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, Load, capacity, unpromised
+from tokenflow.replicas.scheduler.capacity import (
+    LOAD_FACTOR,
+    Load,
+    capacity,
+    sustained,
+    unpromised,
+)
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -98,7 +106,8 @@ class _Outlook:
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gamma)
+        gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
         if parked is not None:
             self.parked = parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
@@ -151,14 +160,17 @@ class _Victim(NamedTuple):
 
 
 class _Victims:
-    """Streams that can leave, the first in line first; each is looked at closely when it goes."""
+    """Streams that can leave, the first in line first; each is looked at closely when it goes. Last
+    come those that `yields`: who is beyond its tenant's share leaves only for one who is not."""
 
-    def __init__(self, view: View, rows: IntArray, outlook: _Outlook) -> None:
+    def __init__(self, view: View, rests: IntArray, yields: IntArray, outlook: _Outlook) -> None:
         self.view = view
+        rows = np.concatenate([rests, yields])
         self.rows: list[int] = rows.tolist()
         self.blocks: list[int] = view.tracker.blocks[rows].tolist()
         self.slack_s: list[float] = outlook.slack[rows].tolist()
         self.gains: list[bool] = outlook.gains[rows].tolist()
+        self.yields = [False] * len(rests) + [True] * len(yields)
 
     def take(self, chosen: list[int]) -> list[_Victim]:
         """Those at these places, ascending, who are in line no more."""
@@ -170,7 +182,7 @@ class _Victims:
             self.view.slots_to_offload(rows),
         )
         for i in reversed(chosen):
-            for column in (self.rows, self.blocks, self.slack_s, self.gains):
+            for column in (self.rows, self.blocks, self.slack_s, self.gains, self.yields):
                 del column[i]
         return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
 
@@ -249,7 +261,7 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                leaving = _Victims(self.view, running[i : i + 1], self.outlook)
+                leaving = _Victims(self.view, running[i : i + 1], running[:0], self.outlook)
                 self._preempt(leaving.take([0])[0])
             # Until the blocks of the victims have been copied, the fullest sit out.
             left = max(self.free - need, 0)
@@ -293,8 +305,10 @@ class _Pass:
         blocks = tracker.blocks[rows]
         unsynced = blocks - self.view.released_now(rows)
         leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
-        rows = rows[leaves]
-        return _Victims(self.view, rows[np.argsort(-slack[leaves], kind="stable")], self.outlook)
+        rests = rows[leaves][np.argsort(-slack[leaves], kind="stable")]
+        yields = self.outlook.parked[rows] & stayed & (self.pending[rows] == 1) & ~leaves
+        yields &= tracker.shared_by_tenants
+        return _Victims(self.view, rests, rows[yields][::-1], self.outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
@@ -304,10 +318,13 @@ class _Pass:
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
         chosen: list[int] = []
-        for i, gains in enumerate(victims.gains):
+        parked = self.outlook.parked[row]
+        for i, (gains, yields) in enumerate(zip(victims.gains, victims.yields, strict=True)):
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if gains and (only_held or victims.slack_s[i] < floor):
+            if yields and parked:
+                break
+            if not yields and gains and (only_held or victims.slack_s[i] < floor):
                 continue
             chosen.append(i)
             missing -= victims.blocks[i]
@@ -361,6 +378,9 @@ class _Pass:
             return self.view.blocks_for(int(self.outlook.remaining[row]))
         # For so long nobody may have slack enough to make room for the others.
         rate = self.tracker.rate * ~self.tracker.paused
+        if self.tracker.shared_by_tenants:
+            # Whoever is parked then makes room at any time.
+            rate = rate * ~self.outlook.parked
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 

@@ -6,6 +6,7 @@ a request's place only between two removals: the last row moves into the gap of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from operator import attrgetter
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow.replicas.request import Sequence, State
+from tokenflow.replicas.scheduler.fairness import turns
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -42,6 +44,7 @@ class Tracker:
             "arrival_s": np.float64,
             "prompt": np.int64,
             "limit": np.int64,
+            "tenant": np.int64,
             "elastic": np.bool_,
             "paused": np.bool_,
             "rate": np.float64,
@@ -53,6 +56,10 @@ class Tracker:
         }.items():
             self._columns[name] = np.zeros(capacity, dtype)
         self._added = 0
+        self._tenants: dict[str, int] = {}
+        """Their codes."""
+        self._of_tenant: Counter[str] = Counter()
+        """Requests of each tenant that has any."""
         self._changed: dict[Sequence, None] = {}
         # Derived from the columns when first asked for: until any of them changes, until somebody
         # changes place, and until a row comes or goes.
@@ -62,7 +69,7 @@ class Tracker:
         self._running: IntArray | None = None
         self._waiting: IntArray | None = None
         self._views: dict[str, NDArray[np.generic]] = {}
-        self._by_arrival: IntArray | None = None
+        self._in_turn: IntArray | None = None
         self._longest_first: IntArray | None = None
 
     def __len__(self) -> int:
@@ -82,6 +89,9 @@ class Tracker:
         self._columns["arrival_s"][row] = seq.arrival_s
         self._columns["prompt"][row] = len(seq.prompt_ids)
         self._columns["limit"][row] = seq.params.max_tokens
+        tenant = seq.request.tenant
+        self._columns["tenant"][row] = self._tenants.setdefault(tenant, len(self._tenants))
+        self._of_tenant[tenant] += 1
         self._added += 1
         self.touch(seq)
         self._forget_rows()
@@ -98,11 +108,15 @@ class Tracker:
             self.sequences[row].row = row
         del self.sequences[last]
         seq.row = -1
+        tenant = seq.request.tenant
+        self._of_tenant[tenant] -= 1
+        if not self._of_tenant[tenant]:
+            del self._of_tenant[tenant]
         self._changed.pop(seq, None)
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._context = self._alone = self._by_arrival = self._longest_first = None
+        self._context = self._alone = self._in_turn = self._longest_first = None
         self._views.clear()
         self._forget_places()
 
@@ -141,6 +155,8 @@ class Tracker:
         moved |= paused != columns["paused"][rows]
         if moved.any():
             self._forget_places()
+            if self.shared_by_tenants:
+                self._in_turn = None
 
     # -- the policies' side ---------------------------------------------------------------------
 
@@ -271,18 +287,42 @@ class Tracker:
         return self._running
 
     def waiting(self) -> IntArray:
-        """Rows without KV anywhere, in order of arrival; those whose reader pauses come last."""
+        """Rows without KV anywhere, in order of arrival; those whose reader pauses come last. Of
+        several tenants, in turn by the tokens that each asks for."""
         if self._waiting is None:
             rows = self.rows(State.WAITING)
-            keys = (self.order[rows], self.arrival_s[rows], self.paused[rows])
+            keys: list[NDArray[np.generic]] = [
+                self.order[rows],
+                self.arrival_s[rows],
+                self.paused[rows],
+            ]
+            if self.shared_by_tenants:
+                keys.insert(2, self._turns(self._ints("prompt") + self.limit)[rows])
             self._waiting = rows[np.lexsort(keys)]
         return self._waiting
 
-    def by_arrival(self) -> IntArray:
-        """All rows, in order of arrival."""
-        if self._by_arrival is None:
-            self._by_arrival = np.lexsort((self.order, self.arrival_s))
-        return self._by_arrival
+    def in_turn(self) -> IntArray:
+        """All rows in the order in which rates are promised: of arrival, or of several tenants in
+        turn by the rates that each asks for."""
+        if self._in_turn is None:
+            keys: list[NDArray[np.generic]] = [self.order, self.arrival_s]
+            if self.shared_by_tenants:
+                keys.append(self._turns(self.rate * ~self.paused))
+            self._in_turn = np.lexsort(keys)
+        return self._in_turn
+
+    @property
+    def shared_by_tenants(self) -> bool:
+        """Whether there are requests of several tenants."""
+        return len(self._of_tenant) > 1
+
+    def requests_of(self, tenant: str) -> int:
+        """Active requests of a tenant; safe from any thread."""
+        return self._of_tenant[tenant]
+
+    def _turns(self, cost: IntArray | FloatArray) -> FloatArray:
+        arrived = np.lexsort((self.order, self.arrival_s))
+        return turns(self._ints("tenant"), arrived, cost.astype(np.float64))
 
     def longest_first(self) -> IntArray:
         """All rows, the highest limit first."""

@@ -163,4 +163,5 @@ def request_of(number: int, arrival: Arrival) -> Request:
         arrival_s=arrival.at_s,
         # All prompts look alike here; as texts they would have nothing in common.
         cache_salt=f"{number}",
+        tenant=arrival.tenant,
     )

@@ -18,6 +18,7 @@ class Arrival:
     """Infinite = no reader."""
     max_tokens: int | None = None
     """Declared limit; the output itself when None."""
+    tenant: str = ""
 
 
 def burst(count: int) -> list[float]:

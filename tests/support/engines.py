@@ -73,6 +73,7 @@ def make_request(
     salt: str | None = None,
     consumed: int | None = None,
     paused: bool = False,
+    tenant: str = "",
     **params: Any,
 ) -> Request:
     params.setdefault("temperature", 0.0)
@@ -86,6 +87,7 @@ def make_request(
         paused=paused,
         arrival_s=arrival_s,
         cache_salt=salt,
+        tenant=tenant,
     )
 
 

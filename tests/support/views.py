@@ -34,13 +34,16 @@ def sequence(
     resident: int | None = None,
     computed: int | None = None,
     blocks: int | None = None,
+    tenant: str = "",
 ) -> Sequence:
     """A sequence with `output` tokens whose reader can go on for `slack_s` seconds (default: they
     all came just now). Infinite `rate`: no reader.
 
     On the device it holds what the engine would have given it: blocks for its tokens and the next.
     """
-    request = make_request(name, [1] * prompt, max_tokens, rate=rate, arrival_s=arrival_s)
+    request = make_request(
+        name, [1] * prompt, max_tokens, rate=rate, arrival_s=arrival_s, tenant=tenant
+    )
     seq = Sequence(request, max_blocks=1024)
     seq.output_ids = [1] * output
     seq.tokens = [1] * (prompt + output)
