@@ -86,12 +86,13 @@ def preflight(config: ClusterConfig) -> Preflight:
         load_keys(keys)
     if config.security.tls is not None:
         read_certificate(config.security.tls)
-    gpus_each = config.replicas.gpus_each
-    if gpus_each is None:
-        gpus_each = 1.0 if device.startswith("cuda") else 0.0
+    gpus_each = _gpus_each(config, device)
     sharers = config.replicas.most if gpus_each == 0 else 1
     blocks = plan_blocks(
-        spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
+        spec,
+        config.engine,
+        available_bytes=free_memory_bytes(device, config.engine.tensor_parallel),
+        sharers=sharers,
     )
     for key, port in (
         ("ingress.port", config.ingress.port),
@@ -105,6 +106,13 @@ def preflight(config: ClusterConfig) -> Preflight:
     if config.ingress.port == config.ingress.grpc_port:
         raise ConfigError("ingress.port and ingress.grpc_port must differ.")
     return Preflight(spec, device, blocks, gpus_each)
+
+
+def _gpus_each(config: ClusterConfig, device: str) -> float:
+    """GPUs that Ray gives a replica; all on one node, as one process asks for them."""
+    if config.replicas.gpus_each is not None:
+        return config.replicas.gpus_each
+    return float(config.engine.tensor_parallel) if device.startswith("cuda") else 0.0
 
 
 def _check_port(key: str, host: str, port: int) -> None:
@@ -356,9 +364,7 @@ class LocalCluster:
 
         from tokenflow.cluster.app import APP_NAME, build_app
 
-        gpus = self.config.replicas.gpus_each
-        if gpus is None:
-            gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
+        gpus = _gpus_each(self.config, resolve_device(self.config.engine.device))
         self._deployed = True
         try:
             serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")

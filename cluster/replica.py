@@ -71,7 +71,10 @@ class Replica:
         device = resolve_device(config.engine.device)
         spec = inspect_model(config.model.directory, config.engine, device)
         num_blocks = plan_blocks(
-            spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
+            spec,
+            config.engine,
+            available_bytes=free_memory_bytes(device, config.engine.tensor_parallel),
+            sharers=sharers,
         )
         self._store: Any = None
         self._host, self._segment, memory = self._attach_store(config, spec, sharers)

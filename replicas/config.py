@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.scheduler.registry import make_policy
@@ -80,6 +87,22 @@ class EngineConfig(BaseModel):
         default=None, ge=1, description="Torch threads of a CPU replica; null = its share."
     )
     fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs of one machine over which a replica divides the model; needs "
+        "offload: false.",
+    )
+
+    @model_validator(mode="after")
+    def _divided_kv_stays_on_the_devices(self) -> EngineConfig:
+        if self.tensor_parallel > 1 and self.offload:
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} needs engine.offload: false; KV that is "
+                "divided over devices cannot be copied to the host"
+            )
+        return self
 
     @field_validator("policy")
     @classmethod

@@ -45,21 +45,42 @@ def resolve_device(device: str) -> str:
 
 
 def inspect_model(directory: str | Path, config: EngineConfig, device: str) -> ModelSpec:
-    """The model's description in the dtype it will run in. Raises CheckpointError."""
+    """The model's description in the dtype it will run in. Raises CheckpointError, and ConfigError
+    when it cannot be divided as configured."""
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    return inspect_checkpoint(directory, dtype=dtype, max_model_len=config.max_model_len)
+    spec = inspect_checkpoint(directory, dtype=dtype, max_model_len=config.max_model_len)
+    _check_ranks(spec, config.tensor_parallel, device)
+    return spec
 
 
-def free_memory_bytes(device: str) -> int:
-    """Memory that weights and KV may share on a device."""
+def _check_ranks(spec: ModelSpec, ranks: int, device: str) -> None:
+    if spec.num_heads % ranks or spec.kv_heads % ranks:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} devices cannot share the {spec.num_heads} heads and "
+            f"{spec.kv_heads} KV heads of {spec.name} evenly; choose a divisor of both."
+        )
+    if ranks == 1 or device == "cpu":
+        return
+    import torch
+
+    if device not in ("cuda", "cuda:0") or torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} GPUs from the first on are needed, but engine.device "
+            f"is {device!r} and this process sees {torch.cuda.device_count()}."
+        )
+
+
+def free_memory_bytes(device: str, ranks: int = 1) -> int:
+    """Memory that weights and KV may share on a device, or on the first `ranks` GPUs."""
     if device == "cpu":
         return available_memory_bytes()
     import torch
 
-    free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return int(free)
+    first = torch.device(device).index or 0
+    free = [torch.cuda.mem_get_info(first + rank)[0] for rank in range(ranks)]
+    return ranks * min(free)
 
 
 def plan_blocks(
@@ -122,18 +143,21 @@ def build_executor(
 ) -> Executor:
     """Load the model. `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`,
     or None. Raises CheckpointError."""
+    from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
-    return TorchExecutor(
-        spec,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        device=device,
-        host_memory=host_memory,
-        num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
-        fuse=config.fuse,
-    )
+    ranks = config.tensor_parallel
+    options: dict[str, Any] = {
+        "num_blocks": num_blocks,
+        "block_size": config.block_size,
+        "max_num_seqs": config.max_num_seqs,
+        "device": device,
+        "num_threads": cpu_threads(config, sharers * ranks) if device == "cpu" else None,
+        "fuse": config.fuse,
+    }
+    if ranks > 1:
+        return ParallelExecutor(spec, ranks, **options)
+    return TorchExecutor(spec, host_memory=host_memory, **options)
 
 
 def build_engine(

@@ -1,4 +1,5 @@
-"""Loading a Hugging Face checkpoint and running its forward pass over the paged pool.
+"""Loading a Hugging Face checkpoint, or making a model by shape, and running its forward pass over
+the paged pool.
 
 The model classes are transformers' own; our attention is registered with them under one name. The
 step's metadata travels in `CURRENT`, not in keyword arguments, which some model families drop.
@@ -15,6 +16,9 @@ from torch import nn
 from tokenflow.replicas.errors import CheckpointError
 from tokenflow.replicas.executor.attention import AttentionBatch, paged_attention
 from tokenflow.replicas.executor.checkpoint import ModelSpec
+from tokenflow.replicas.executor.parallel.sharding import Shard, fill
+from tokenflow.replicas.executor.shapes import is_shape, shape_config
+from tokenflow.replicas.executor.weights import open_weights
 
 logger = logging.getLogger("tokenflow.engine")
 
@@ -55,11 +59,16 @@ def _attention(
     return out[None], None
 
 
-def load_model(spec: ModelSpec, device: torch.device) -> Any:
-    """The model in evaluation mode on `device`. Raises CheckpointError when loading fails."""
+def load_model(spec: ModelSpec, device: torch.device, shard: Shard | None = None) -> Any:
+    """The model in evaluation mode on `device`, or one rank's part of it.
+
+    Raises CheckpointError when loading fails.
+    """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, _attention)
+    if shard is not None or is_shape(spec.path):
+        return _make_model(spec, device, shard or Shard())
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             spec.path,
@@ -68,12 +77,41 @@ def load_model(spec: ModelSpec, device: torch.device) -> Any:
             local_files_only=True,
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CheckpointError(
-            f"{spec.path}: the weights cannot be loaded ({type(error).__name__}: {first}); the "
-            "checkpoint is damaged or does not match its config.json."
-        ) from error
+        raise _unloadable(spec, error) from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def _make_model(spec: ModelSpec, device: torch.device, shard: Shard) -> Any:
+    """Build the model without memory, then fill it tensor by tensor."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if is_shape(spec.path):
+            fields = shape_config(spec.path)
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            config = AutoConfig.from_pretrained(spec.path, local_files_only=True)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, spec.dtype), attn_implementation=ATTENTION
+            )
+        fill(model, open_weights(spec.path, device), shard, tied=config.tie_word_embeddings)
+        # The frequencies are no weights, but computed by the module itself.
+        with torch.device(device):
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{spec.path}: {error}") from None
+    except Exception as error:
+        raise _unloadable(spec, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def _unloadable(spec: ModelSpec, error: Exception) -> CheckpointError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return CheckpointError(
+        f"{spec.path}: the weights cannot be loaded ({type(error).__name__}: {first}); the "
+        "checkpoint is damaged or does not match its config.json."
+    )
 
 
 def forward(

@@ -20,6 +20,7 @@ from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCop
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.fusion import fuse_model
 from tokenflow.replicas.executor.model import forward, load_model
+from tokenflow.replicas.executor.parallel.sharding import Shard
 from tokenflow.replicas.sampling.sampler import sample
 
 
@@ -37,8 +38,10 @@ class TorchExecutor:
         host_memory: torch.Tensor | None = None,
         num_threads: int | None = None,
         fuse: bool = True,
+        shard: Shard | None = None,
     ) -> None:
-        """Load the model and allocate the pool.
+        """Load the model and allocate the pool; of both a rank's part with `shard`, whose process
+        group must be there.
 
         `host_memory` is uint8 `[slots, block_bytes]`, the node's shared segment. `num_threads` sets
         torch's threads for this process. Raises CheckpointError.
@@ -47,12 +50,13 @@ class TorchExecutor:
             torch.set_num_threads(num_threads)
         if device == "cpu":
             _keep_freed_memory()
-        self.layout = spec.kv_layout(block_size)
+        own = spec if shard is None else shard.spec(spec)
+        self.layout = own.kv_layout(block_size)
         self.num_blocks = num_blocks
         self.vocab_size = spec.vocab_size
         self._device = torch.device(device)
         self._window = spec.sliding_window
-        self._model = load_model(spec, self._device)
+        self._model = load_model(spec, self._device, shard)
         if fuse:
             fuse_model(self._model, spec)
         self._pool = KVPool(self.layout, num_blocks, self._device)
