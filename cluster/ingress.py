@@ -454,6 +454,7 @@ class Ingress(Probes):
             with admitted(
                 asks_of(call, prompts, params),
                 max_ttft_s=self._limits.max_predicted_ttft_s,
+                max_stall_s=self._limits.max_predicted_stall_s,
                 time_left_s=call.timeout_s,
             ):
                 return await Generation.start(

@@ -370,6 +370,7 @@ class Engine:
                 kv_tokens,
                 self.config.max_num_seqs,
                 self._expected_lengths(),
+                self.lengths.prompts_per_output,
             )
         stats = self.stats
         stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
@@ -596,7 +597,11 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
-        self.lengths.observe(len(seq.output_ids), ended=reason is FinishReason.STOP)
+        self.lengths.observe(
+            len(seq.output_ids),
+            ended=reason is FinishReason.STOP,
+            prompt_tokens=len(seq.prompt_ids) - seq.cached_tokens,
+        )
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)
