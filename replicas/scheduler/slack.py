@@ -16,8 +16,8 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
    several tenants each is promised its share (fairness.py), and whoever is parked leaves at once
    for one who is not.
-5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
-   more of the device on decoding than on prompts.
+5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
+   more than can be promised do prompts get most of the device all the same.
 
 A reader who pauses has no need of tokens: its stream comes onto the device only when nobody else
 wants it, and is the first to leave.
@@ -50,7 +50,7 @@ from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_bat
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 _PREFILL_SHARE = 4.0
-"""While prompts wait, a step may last this many times its decoding, whatever readers need."""
+"""While prompts wait on an overloaded device, a step may last this many times its decoding."""
 
 
 @dataclass(frozen=True, slots=True)
