@@ -148,7 +148,7 @@ spec:
 {{- define "tokenflow.kvLayout" -}}
 {{- $config := include "tokenflow.config" . | fromYaml -}}
 {{- $engine := $config.engine | default dict -}}
-{{- list (dig "model" "path" "" $config) $engine.block_size $engine.dtype | toJson | sha256sum | trunc 12 -}}
+{{- list (dig "model" "path" "" $config) $engine.block_size $engine.dtype $engine.tensor_parallel | toJson | sha256sum | trunc 12 -}}
 {{- end -}}
 
 {{/* Ports called serve and serve-* on the head become those of <name>-serve-svc. */}}

@@ -11,7 +11,7 @@
 {{- end -}}
 {{- $derived := dict "kvstore" $kvstore "ingress" (dict "host" "0.0.0.0") -}}
 {{- /* Without GPUs a replica reserves a CPU: one that reserves nothing could be put on the head. */ -}}
-{{- $_ := set $derived "replicas" (ternary (dict "gpus_each" 1) (dict "gpus_each" 0 "cpus_each" 1) (gt $gpus 0)) -}}
+{{- $_ := set $derived "replicas" (ternary (dict "gpus_each" (dig "engine" "tensor_parallel" 1 .Values.config | int)) (dict "gpus_each" 0 "cpus_each" 1) (gt $gpus 0)) -}}
 {{- if include "tokenflow.modelSource" . -}}
 {{- $_ := set $derived "model" (dict "path" "/models") -}}
 {{- end -}}
