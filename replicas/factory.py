@@ -133,6 +133,8 @@ def build_executor(
         host_memory=host_memory,
         num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
         fuse=config.fuse,
+        attention_backend=config.attention_backend,
+        decode_graphs=config.decode_graphs,
     )
 
 
