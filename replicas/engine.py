@@ -85,15 +85,14 @@ class _Step:
 
 def _launcher(executor: Executor, config: EngineConfig) -> AsyncExecutor | None:
     """The executor, if it is to run a step ahead. Raises ConfigError when it cannot."""
-    able = isinstance(executor, AsyncExecutor)
-    if config.async_scheduling and not able:
+    wanted = config.async_scheduling
+    if isinstance(executor, AsyncExecutor):
+        return executor if (executor.overlaps if wanted is None else wanted) else None
+    if wanted:
         raise ConfigError(
             f"engine.async_scheduling: a {type(executor).__name__} runs one step after the other; "
             "leave it out."
         )
-    wanted = config.async_scheduling
-    if able and (executor.overlaps if wanted is None else wanted):
-        return executor
     return None
 
 

@@ -25,6 +25,7 @@ from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCop
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.fusion import fuse_model
 from tokenflow.replicas.executor.graphs import CudaCapture, DecodeGraphs, replayed
+from tokenflow.replicas.executor.memory import MemoryBudget, fit_blocks, step_blocks, worst_step
 from tokenflow.replicas.executor.model import hidden_states, load_model, logits_of
 from tokenflow.replicas.executor.transfer import Download, upload
 from tokenflow.replicas.sampling.sampler import Drawn, draw
@@ -82,12 +83,14 @@ class TorchExecutor:
         fuse: bool = True,
         attention_backend: BackendName = "auto",
         decode_graphs: bool | None = None,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Load the model and allocate the pool.
 
         `host_memory` is uint8 `[slots, block_bytes]`, the node's shared segment. `num_threads` sets
         torch's threads for this process. `decode_graphs` None: where the device has graphs and the
-        backend does not read all of a table whatever is in it. Raises CheckpointError, and
+        backend does not read all of a table whatever is in it. With `memory` as many blocks are
+        made as fit it, by measurement, instead of `num_blocks`. Raises CheckpointError, and
         ConfigError for a backend that cannot run here.
         """
         if num_threads is not None:
@@ -95,33 +98,69 @@ class TorchExecutor:
         if device == "cpu":
             _keep_freed_memory()
         self.layout = spec.kv_layout(block_size)
-        self.num_blocks = num_blocks
         self.vocab_size = spec.vocab_size
         self._device = torch.device(device)
+        before = memory.memory.used() if memory is not None else 0
         self._model = load_model(spec, self._device)
         if fuse:
             fuse_model(self._model, spec)
-        # One block more than the engine knows of, for the padding of graphs.
-        self._pool = KVPool(self.layout, num_blocks + 1, self._device)
-        self._attention = make_backend(
-            attention_backend,
-            self._pool,
-            group=spec.num_heads // spec.kv_heads,
-            window=spec.sliding_window,
-        )
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
         """The token that was drawn last for each slot."""
+        self._graphs: DecodeGraphs | None = None
         cuda = self._device.type == "cuda"
         self.overlaps = cuda
+        if memory is not None:
+            weights = memory.memory.used() - before
+            num_blocks = self._fit(spec, attention_backend, max_num_seqs, memory, weights)
+        self.num_blocks = num_blocks
+        self._make_pool(spec, attention_backend, num_blocks)
         blocks = self._pool.bytes_view(num_blocks)
         self._copies: Copies
         if cuda:
             self._copies = CudaCopies(blocks, host_memory)
         else:
             self._copies = CopyThread(blocks, host_memory)
-        self._graphs: DecodeGraphs | None = None
         if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
             self._graphs = self._capture(spec, max_num_seqs)
+
+    def _make_pool(self, spec: ModelSpec, backend: BackendName, num_blocks: int) -> None:
+        # One block more than the engine knows of, for the padding of graphs.
+        self._pool = KVPool(self.layout, num_blocks + 1, self._device)
+        self._attention = make_backend(
+            backend,
+            self._pool,
+            group=spec.num_heads // spec.kv_heads,
+            window=spec.sliding_window,
+        )
+
+    def _fit(
+        self,
+        spec: ModelSpec,
+        backend: BackendName,
+        max_num_seqs: int,
+        budget: MemoryBudget,
+        weight_bytes: int,
+    ) -> int:
+        """How many blocks there is memory for beside the worst step, which is run to see."""
+        tokens = min(budget.max_batch_tokens, spec.max_model_len + max_num_seqs - 1)
+        step = worst_step(tokens, max_num_seqs, self.layout.block_size)
+        self._make_pool(spec, backend, step_blocks(step))
+        memory = budget.memory
+        memory.reset_peak()
+        before = memory.used()
+        self.execute(step)
+        step_bytes = memory.peak() - before
+        # The graphs' memory is apart from the allocator's; that of the largest serves all. They are
+        # captured over the pool, which is not there yet: an estimate from the step's rows.
+        rows = min(max_num_seqs, _MOST_IN_GRAPH)
+        return fit_blocks(
+            budget,
+            name=spec.name,
+            weight_bytes=weight_bytes,
+            step_bytes=step_bytes,
+            graph_bytes=step_bytes * min(rows, tokens) // tokens,
+            block_bytes=self.layout.block_bytes,
+        )
 
     @torch.inference_mode()
     def _capture(self, spec: ModelSpec, max_num_seqs: int) -> DecodeGraphs:

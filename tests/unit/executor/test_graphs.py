@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ def test_buckets_ascend_to_the_most(most):
     assert buckets[-1] == most
     assert buckets == sorted(set(buckets))
     # A padded batch is at most twice as large, and from 64 on a third larger.
-    for small, large in zip(buckets, buckets[1:], strict=False):
+    for small, large in pairwise(buckets):
         assert large <= 2 * small and (small < 64 or 3 * large <= 4 * (small + 1))
 
 
@@ -101,7 +103,8 @@ def test_arrays_go_over_in_one_piece():
         np.array([0.5, -1.0, 3.0], np.float32),
     ]
     packed = torch.from_numpy(pack(arrays))
-    for views in (unpack(packed, arrays), upload(arrays, CPU)):
+    unpacked = unpack(packed, arrays)
+    for views in (unpacked, upload(arrays, CPU)):
         for view, array in zip(views, arrays, strict=True):
             assert np.array_equal(view.numpy(), array) and view.numpy().dtype == array.dtype
     assert all(
