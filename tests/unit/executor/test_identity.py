@@ -8,6 +8,7 @@ import torch
 from tests.support.engines import make_request
 from tests.support.fake_executor import FakeHost
 from tests.support.tiny_models import FAMILIES, make_checkpoint, make_tokenizer, reference
+from tests.support.triton_interpreter import interpret
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.executor.checkpoint import inspect_checkpoint
@@ -128,6 +129,17 @@ def test_greedy_survives_steps_ahead_and_padded_batches(checkpoint, graphs):
     assert engine.stats.preemptions > 0
     for i, prompt in enumerate(prompts()):
         assert out[f"{i}"] == reference(checkpoint, prompt, TOKENS)
+
+
+def test_the_kernels_for_gpus_give_the_same_text(checkpoint):
+    interpret()
+    engine = build(
+        checkpoint, blocks=16, ahead=True, attention_backend="triton", decode_graphs=True
+    )
+    asked = prompts()[:3]
+    out = run(engine, [make_request(f"{i}", p, 8, rate=0.5) for i, p in enumerate(asked)])
+    for i, prompt in enumerate(asked):
+        assert out[f"{i}"] == reference(checkpoint, prompt, 8)
 
 
 def test_penalties_and_draws_are_the_same_ahead(checkpoint):
