@@ -150,6 +150,7 @@ class TorchExecutor:
         before = memory.used()
         self.execute(step)
         step_bytes = memory.peak() - before
+        del self._pool, self._attention  # so that the pool to come finds its memory free
         # The graphs' memory is apart from the allocator's; that of the largest serves all. They are
         # captured over the pool, which is not there yet: an estimate from the step's rows.
         rows = min(max_num_seqs, _MOST_IN_GRAPH)
