@@ -131,8 +131,9 @@ def test_greedy_survives_steps_ahead_and_padded_batches(checkpoint, graphs):
         assert out[f"{i}"] == reference(checkpoint, prompt, TOKENS)
 
 
-def test_the_kernels_for_gpus_give_the_same_text(checkpoint):
+def test_the_kernels_for_gpus_give_the_same_text(tmp_path):
     interpret()
+    checkpoint = make_checkpoint(tmp_path / "llama", "llama")
     engine = build(
         checkpoint, blocks=16, ahead=True, attention_backend="triton", decode_graphs=True
     )
