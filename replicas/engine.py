@@ -12,20 +12,12 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from tokenflow.replicas.config import EngineConfig
-from tokenflow.replicas.errors import (
-    CapacityError,
-    ConfigError,
-    InvalidRequestError,
-    StepMemoryError,
-)
+from tokenflow.replicas.errors import CapacityError, InvalidRequestError, StepMemoryError
 from tokenflow.replicas.executor.base import (
-    AsyncExecutor,
     Executor,
-    PendingStep,
     ScheduledSequence,
     StepResult,
     TokenLogprobs,
@@ -42,6 +34,7 @@ from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 from tokenflow.replicas.stats import EngineStats
+from tokenflow.replicas.steps import Step, StepRunner
 from tokenflow.replicas.text import TextStream
 from tokenflow.replicas.transfers import HostSlots
 from tokenflow.replicas.write_through import WriteThrough
@@ -53,47 +46,6 @@ _LOWEST_RATE = 1e-3
 _HIGHEST_RATE = 1e6
 
 _PACING_INTERVAL_S = 0.5
-
-
-_CAUTIOUS_STEPS = 64
-"""After so many steps that fit the device, those that follow may be twice as large."""
-
-T = TypeVar("T")
-
-
-class _Share(NamedTuple):
-    """A sequence's part in a step."""
-
-    seq: Sequence
-    tokens: int
-    filled: int
-    """Its full blocks before."""
-    sample: bool
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step that was handed to the executor."""
-
-    shares: list[_Share]
-    begun: float
-    decodes: int = 0
-    context: int = 0
-    """Tokens of KV that the decoding sequences read."""
-    prefill: int = 0
-
-
-def _launcher(executor: Executor, config: EngineConfig) -> AsyncExecutor | None:
-    """The executor, if it is to run a step ahead. Raises ConfigError when it cannot."""
-    wanted = config.async_scheduling
-    if isinstance(executor, AsyncExecutor):
-        return executor if (executor.overlaps if wanted is None else wanted) else None
-    if wanted:
-        raise ConfigError(
-            f"engine.async_scheduling: a {type(executor).__name__} runs one step after the other; "
-            "leave it out."
-        )
-    return None
 
 
 def check_rate(token_rate: float) -> None:
@@ -163,14 +115,10 @@ class Engine:
         self._next_assessment_s = -math.inf
         self._next_report_s = -math.inf
         self._events: list[TokenEvent] = []
-        self._launcher = _launcher(executor, config)
-        """Set when steps are launched ahead."""
-        self._launched: tuple[_Step, PendingStep] | None = None
+        self._steps = StepRunner(executor, config, self.stats, clock)
+        self._launched: Step | None = None
         """A step whose tokens are not known; each sequence in it that runs still has its slot."""
         self._finished_s = -math.inf
-        self._most_tokens = config.max_batch_tokens
-        self._good_steps = 0
-        """Since the device last had too little memory, or that was made up for in part."""
         self.refresh_stats()
 
     # -- requests -------------------------------------------------------------------------------
@@ -446,7 +394,7 @@ class Engine:
             load_queue=transfers.queued(to_host=False),
             block_size=self._block_size,
             max_num_seqs=self.config.max_num_seqs,
-            max_batch_tokens=self._most_tokens,
+            max_batch_tokens=self._steps.max_tokens,
             cost=self.cost,
             lengths=self.lengths,
             overlap=self.config.overlap_transfers,
@@ -492,7 +440,7 @@ class Engine:
 
     def _back_at_once(self, plan: Plan) -> list[tuple[Sequence, int]]:
         """Shares of the step for those who were to be loaded, but had nothing to load."""
-        left = self._most_tokens - sum(n for _, n in plan.batch)
+        left = self._steps.max_tokens - sum(n for _, n in plan.batch)
         batch = []
         for seq in plan.resume:
             n = min(left, seq.pending_tokens)
@@ -543,73 +491,35 @@ class Engine:
             self.kv.resume(oldest)
         if oldest.state is not State.RUNNING:
             return []
-        return self._schedule([(oldest, min(oldest.pending_tokens, self._most_tokens))])
+        return self._schedule([(oldest, min(oldest.pending_tokens, self._steps.max_tokens))])
 
     # -- running and handing out ----------------------------------------------------------------
 
     def _run(self, batch: list[tuple[Sequence, int]]) -> None:
-        """Run a step to its end; or, ahead, launch it and take the tokens of the one before, which
-        the device may have begun it without."""
-        if self._launcher is None:
-            run = self._attempt(batch, self.executor.execute)
-            if run is not None:
-                step, result = run
+        """Run a step to its end; or, ahead, launch it and then take the tokens of the one before,
+        which the device did not wait for."""
+        step = self._start(batch) if batch else None
+        if not self._steps.ahead:
+            if step is not None:
                 now = self._clock()
                 self._advance(step)
-                self._publish(step)
-                self._finish(step, result, now)
+                self._finish(step, step.result(), now)
             return
-        launched = self._attempt(batch, self._launcher.launch)
-        self._finish_launched()
+        launched, self._launched = self._launched, None
         if launched is not None:
+            result = launched.result()
+            self._finish(launched, result, self._clock())
+        if step is not None:
             # Only now are all tokens known whose KV the step computes.
-            self._advance(launched[0])
-            self._publish(launched[0])
-            self._launched = launched
+            self._advance(step)
+            self._launched = step
 
-    def _attempt(
-        self, batch: list[tuple[Sequence, int]], run: Callable[[Seq[ScheduledSequence]], T]
-    ) -> tuple[_Step, T] | None:
-        """Hand the batch, or as much of it as there is memory for, to the executor. None when not
-        even one token can be run; its request has failed then."""
-        while batch:
-            begun = self._clock()
-            scheduled = [self._share(seq, n) for seq, n in batch]
-            try:
-                started = run(scheduled)
-            except StepMemoryError as error:
-                batch = self._less(batch, error)
-                continue
-            self._good_steps += 1
-            if self._good_steps >= _CAUTIOUS_STEPS:
-                self._most_tokens = min(2 * self._most_tokens, self.config.max_batch_tokens)
-                self._good_steps = 0
-            sampled = [s.sample for s in scheduled]
-            shares = [
-                _Share(seq, n, seq.num_computed // self._block_size, sample)
-                for (seq, n), sample in zip(batch, sampled, strict=True)
-            ]
-            return _Step(shares, begun), started
-        return None
-
-    def _less(
-        self, batch: list[tuple[Sequence, int]], error: StepMemoryError
-    ) -> list[tuple[Sequence, int]]:
-        """Half of a step that did not fit the device; steps stay that small for a while."""
-        self.stats.out_of_memory += 1
-        self._good_steps = 0
-        tokens = sum(n for _, n in batch)
-        logger.warning("the device has no memory for a step of %d tokens: %s", tokens, error)
-        if tokens == 1:
+    def _start(self, batch: list[tuple[Sequence, int]]) -> Step | None:
+        try:
+            return self._steps.start(batch, self._share)
+        except StepMemoryError as error:
             self._end_early(batch[0][0], FinishReason.ERROR, f"Out of device memory: {error}")
-            return []
-        left = self._most_tokens = tokens // 2
-        kept = []
-        for seq, n in batch:
-            if left > 0:
-                kept.append((seq, min(n, left)))
-                left -= n
-        return kept
+            return None
 
     def _share(self, seq: Sequence, n: int) -> ScheduledSequence:
         start = seq.num_computed
@@ -627,10 +537,11 @@ class Engine:
             suppress_ids=text.suppressed_ids(seq.awaited) if sample else (),
         )
 
-    def _advance(self, step: _Step) -> None:
-        """The step was started: from here on its KV counts as computed, and its tokens as drawn."""
+    def _advance(self, step: Step) -> None:
+        """The step was started: from here on its KV counts as computed, and its tokens as drawn.
+        Blocks that it fills are made known; whoever uses them runs after it."""
         stats = self.stats
-        for seq, n, _, sample in step.shares:
+        for seq, n, filled, sample in step.shares:
             if seq.state is State.FINISHED:
                 continue  # by the token that was awaited when the step was launched
             self.tracker.touch(seq)
@@ -645,23 +556,11 @@ class Engine:
                 stats.prompt_tokens += fresh
                 stats.recomputed_tokens += n - fresh
             seq.num_computed += n
-            if sample and self._launcher is not None:
+            self.kv.publish(seq, filled, seq.num_computed // self._block_size)
+            if sample and self._steps.ahead:
                 seq.await_token()
 
-    def _publish(self, step: _Step) -> None:
-        """Make known the blocks that a step fills: whoever uses them runs after it."""
-        for seq, _, filled, _ in step.shares:
-            if seq.state is State.RUNNING:
-                self.kv.publish(seq, filled, seq.num_computed // self._block_size)
-
-    def _finish_launched(self) -> None:
-        """Wait for the step that was launched last."""
-        if self._launched is not None:
-            (step, pending), self._launched = self._launched, None
-            result = pending.result()
-            self._finish(step, result, self._clock())
-
-    def _finish(self, step: _Step, result: StepResult, now: float) -> None:
+    def _finish(self, step: Step, result: StepResult, now: float) -> None:
         """Hand out what a step has drawn. A sequence may have ended since it was launched."""
         # Launched ahead, it began when the one before ended.
         seconds = now - max(step.begun, self._finished_s)
