@@ -137,10 +137,10 @@ def test_the_kernels_for_gpus_give_the_same_text(tmp_path):
     engine = build(
         checkpoint, blocks=16, ahead=True, attention_backend="triton", decode_graphs=True
     )
-    asked = prompts()[:3]
-    out = run(engine, [make_request(f"{i}", p, 8, rate=0.5) for i, p in enumerate(asked)])
+    asked = prompts()[0:3:2]
+    out = run(engine, [make_request(f"{i}", p, 6) for i, p in enumerate(asked)])
     for i, prompt in enumerate(asked):
-        assert out[f"{i}"] == reference(checkpoint, prompt, 8)
+        assert out[f"{i}"] == reference(checkpoint, prompt, 6)
 
 
 def test_penalties_and_draws_are_the_same_ahead(checkpoint):
