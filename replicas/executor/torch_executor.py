@@ -184,7 +184,7 @@ class TorchExecutor:
         return self._step(batch, ahead=True)
 
     def _step(self, batch: Seq[ScheduledSequence], *, ahead: bool) -> _Step:
-        """With `ahead`, the drawn tokens are kept on the device for the next step."""
+        """With `ahead`, tokens may be UNKNOWN, and those drawn are kept on the device."""
         try:
             return self._run(batch, ahead)
         except torch.OutOfMemoryError as error:
@@ -201,20 +201,18 @@ class TorchExecutor:
         sampled = [k for k, s in enumerate(packed) if s.sample]
         host = self._pack(packed, len(prefills))
         step, rows = host.step, host.ends[sampled]
-        unknown = [k for k, s in enumerate(packed) if s.token_ids[-1] == UNKNOWN]
-        ids, positions, sample_rows, slots, unknown_places, unknown_slots = upload(
-            [
-                host.token_ids,
-                host.positions,
-                rows,
+        arrays = [host.token_ids, host.positions, rows]
+        unknown = []
+        if ahead:
+            unknown = [k for k, s in enumerate(packed) if s.token_ids[-1] == UNKNOWN]
+            arrays += [
                 np.array([packed[k].slot for k in sampled], np.int64),
                 host.ends[unknown],
                 np.array([packed[k].slot for k in unknown], np.int64),
-            ],
-            self._device,
-        )
+            ]
+        ids, positions, sample_rows, *links = upload(arrays, self._device)
         if unknown:
-            ids.index_copy_(0, unknown_places, self._last.index_select(0, unknown_slots))
+            ids.index_copy_(0, links[1], self._last.index_select(0, links[2]))
         if self._graphs is not None and not prefills and self._graphs.fits(len(packed)):
             (tables,) = upload([step.block_tables], self._device)
             hidden = self._graphs.run(ids, positions, tables)
@@ -224,10 +222,10 @@ class TorchExecutor:
         if not sampled:
             return _Step(len(batch), places, None, None)
         logits = logits_of(self._model, hidden.index_select(0, sample_rows))
-        last = self._last.index_select(0, slots) if unknown else None
+        last = self._last.index_select(0, links[0]) if unknown else None
         drawn = draw(logits, [packed[k] for k in sampled], last)
         if ahead:
-            self._last.index_copy_(0, slots, drawn.tokens)
+            self._last.index_copy_(0, links[0], drawn.tokens)
         return _Step(len(batch), places, drawn, Download(drawn.tensors))
 
     @staticmethod
