@@ -18,24 +18,30 @@ from tokenflow.replicas.errors import CapacityError
 
 
 def judge(
-    seen: Outlook | None, *, max_ttft_s: float | None, time_left_s: float | None = None
+    seen: Outlook | None,
+    *,
+    max_ttft_s: float | None,
+    max_stall_s: float | None = None,
+    time_left_s: float | None = None,
 ) -> None:
     """Raises CapacityError when a request is not predicted to have its first token and its rate
-    within `max_ttft_s` seconds (None: no bound), or not its first token before the client's own
-    deadline in `time_left_s`. Nothing is refused while nothing is measured, or nothing known
-    (`seen` is None).
+    within `max_ttft_s` seconds, its rate within `max_stall_s` of its first token (None: no bound),
+    or not its first token before the client's own deadline in `time_left_s`. Nothing is refused
+    while nothing is measured, or nothing known (`seen` is None).
 
     Backlog drains by a second per second at best: the time to wait is what is above the bound.
     """
     if seen is None or not seen.measured:
         return
-    for wait_s, bound, whose in (
-        (seen.promised_s, max_ttft_s, "the limit is"),
-        (seen.ttft_s, time_left_s, "your timeout leaves"),
+    served, paused = "you would be served in", "your text would pause for"
+    for wait_s, bound, what, whose in (
+        (seen.promised_s, max_ttft_s, served, "the limit is"),
+        (seen.promised_s - seen.ttft_s, max_stall_s, paused, "the limit is"),
+        (seen.ttft_s, time_left_s, served, "your timeout leaves"),
     ):
         if bound is not None and wait_s > bound:
             raise CapacityError(
-                f"The cluster is overloaded: you would be served in {wait_s:.1f} s, "
+                f"The cluster is overloaded: {what} {wait_s:.1f} s, "
                 f"{whose} {max(bound, 0):.1f} s; try again later.",
                 retry_after_s=max(1.0, wait_s - max(bound, 0.0)),
             )
@@ -46,12 +52,18 @@ def admitted(
     asks: Seq[Ask],
     *,
     max_ttft_s: float | None,
+    max_stall_s: float | None = None,
     time_left_s: float | None = None,
     registry: ReplicaRegistry = REGISTRY,
 ) -> Iterator[None]:
     """Judge requests that come together and, while they are being placed, count them for those
     that come after them. Raises CapacityError."""
     with registry.reserve(asks[1:]):
-        judge(registry.foresee(asks[0]), max_ttft_s=max_ttft_s, time_left_s=time_left_s)
+        judge(
+            registry.foresee(asks[0]),
+            max_ttft_s=max_ttft_s,
+            max_stall_s=max_stall_s,
+            time_left_s=time_left_s,
+        )
         with registry.reserve(asks[:1]):
             yield

@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from tokenflow.cluster.autoscaling import UtilisationPolicy
 from tokenflow.cluster.config import ClusterConfig, parse_config
@@ -62,8 +63,15 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
         "request_router_kwargs": {"router": config.replicas.router},
         "request_routing_stats_period_s": config.replicas.routing_stats_period_s,
     }
+    # One line for each client request is the ingress's own; Serve's would be one for each call.
+    logs = LoggingConfig(
+        encoding=config.logging.format.upper(),
+        log_level=config.logging.level,
+        enable_access_log=False,
+    )
     replica: Any = serve.deployment(
         name="replica",
+        logging_config=logs,
         **scaling,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": config.replicas.cpus_each, "num_gpus": gpus_each},
@@ -75,6 +83,7 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     )(Replica)
     ingress: Any = serve.deployment(
         name="ingress",
+        logging_config=logs,
         num_replicas=config.ingress.count,
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": 0},
@@ -85,8 +94,8 @@ def build_app(config: ClusterConfig, *, gpus_each: float = 0) -> Application:
     sharers = config.replicas.most if gpus_each == 0 else 1
     # Serve would restart everything on each deployment; with versions of our own only what has
     # changed is, and a change of the number of replicas restarts none.
-    served = _version(tree, "model", "engine", "kvstore")
-    fronts = _version(tree, "model", "limits", "ingress")
+    served = _version(tree, "model", "engine", "kvstore", "logging")
+    fronts = _version(tree, "model", "limits", "ingress", "logging", "tracing")
     replica = replica.options(version=served, _internal=True)
     ingress = ingress.options(version=fronts, _internal=True)
     bound: Application = ingress.bind(replica.bind(tree, sharers), tree)

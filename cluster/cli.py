@@ -56,6 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=run_demo)
 
+    from tokenflow.cluster import top
+
+    top_parser = commands.add_parser(
+        "top",
+        help="a live view of a running cluster",
+        description="A live view of a running cluster: its readers, replicas and KV memory.",
+    )
+    top.add_arguments(top_parser)
+    top_parser.set_defaults(run=top.run)
+
     from tokenflow.loadgen import command as bench
 
     bench_parser = commands.add_parser(

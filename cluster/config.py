@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from tokenflow.cluster.limits import Limits
+from tokenflow.cluster.logs import LogConfig
 from tokenflow.cluster.routing import ROUTERS
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
@@ -157,6 +158,25 @@ class IngressConfig(_Section):
     )
 
 
+class TracingConfig(_Section):
+    """OpenTelemetry traces of requests."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Where an OpenTelemetry collector takes OTLP over HTTP, such as "
+        "http://collector:4318/v1/traces; null = no traces.",
+    )
+    sample_ratio: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests to be traced whose clients do not decide that "
+        "themselves, by the header traceparent.",
+    )
+    service_name: str = Field(default="tokenflow", min_length=1)
+
+
 class ClusterConfig(_Section):
     """Everything `tokenflow serve --config FILE` reads."""
 
@@ -166,6 +186,8 @@ class ClusterConfig(_Section):
     replicas: ReplicasConfig = ReplicasConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
+    logging: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()
 
 
 def embedded_model() -> Path:

@@ -76,11 +76,14 @@ class Generation:
         cache_salt: str | None = None,
         context: bytes = b"",
         deadline_s: float | None = None,
+        *,
+        traced: bool = False,
     ) -> Generation:
         """Open `n` streams per prompt: all of them, or none and the first refusal is raised.
 
         `sampling(prompt_tokens, choice)` gives a choice's parameters. With a `context` the streams
-        outlive their reader (see `Submission.context`). At `deadline_s`, on the monotonic clock,
+        outlive their reader (see `Submission.context`); those that are `traced` say what they went
+        through (`Stream.attempts`). At `deadline_s`, on the monotonic clock,
         all ends with DeadlineExceededError, now or in `updates`.
         """
         streams = [
@@ -93,6 +96,7 @@ class Generation:
                 cache_salt,
                 choice=i,
                 context=context,
+                traced=traced,
             )
             for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
         ]

@@ -44,6 +44,8 @@ from tokenflow.cluster.api.protocol import (
 from tokenflow.cluster.config import parse_config
 from tokenflow.cluster.control import StreamControl
 from tokenflow.cluster.generation import Generation, choice_seed
+from tokenflow.cluster.journal import Journal, Record
+from tokenflow.cluster.logs import adopt_engine_logs
 from tokenflow.cluster.metrics import render
 from tokenflow.cluster.placing import asks_of
 from tokenflow.cluster.prompts import PromptEncoder
@@ -51,9 +53,10 @@ from tokenflow.cluster.reconnect import Context, Reconnections, unknown_request
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.mapping import call_from, change_from, response_from
 from tokenflow.cluster.rpc.probes import Probes
-from tokenflow.cluster.rpc.servicer import check_message, metadata_value, rpc_failure
+from tokenflow.cluster.rpc.servicer import check_message, metadata_of, metadata_value, rpc_failure
 from tokenflow.cluster.stream_mover import StreamMover
 from tokenflow.cluster.streams import StreamManager
+from tokenflow.cluster.tracing import Tracing
 from tokenflow.replicas.errors import CapacityError, EngineDeadError
 from tokenflow.replicas.output import TokenEvent
 
@@ -69,6 +72,20 @@ _PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def _usage(generation: Generation) -> dict[str, Any]:
     used = generation.usage
     return usage_body(used.prompt_tokens, used.completion_tokens, used.cached_tokens)
+
+
+def _refused(record: Record, error: Exception) -> JSONResponse:
+    """The answer to a request that ends with an error before anything is sent."""
+    response = refusal(error)
+    record.end(response.status_code, type(error).__name__)
+    return response
+
+
+def _rpc_failed(record: Record, grpc_context: Any, error: Exception) -> Exception:
+    """What a call that ends with an error is to raise."""
+    failure = rpc_failure(grpc_context, error)
+    record.end(failure.code.name, type(error).__name__)
+    return failure
 
 
 @app.exception_handler(HTTPException)
@@ -87,6 +104,7 @@ class Ingress(Probes):
 
     def __init__(self, replica: Any, config_tree: dict[str, Any]) -> None:
         config = parse_config(config_tree)
+        adopt_engine_logs()
         self._limits = config.limits
         self._delay_s = config.ingress.coalesce_delay_s
         self._name = config.model.name
@@ -97,6 +115,8 @@ class Ingress(Probes):
             failover_timeout_s=config.ingress.failover_timeout_s,
             replica_silence_s=config.ingress.replica_silence_s,
         )
+        self._tracing = Tracing(config.tracing) if config.tracing.endpoint else None
+        self._journal = Journal(self._streams.ingress_id, self._name, self._tracing)
         self._reconnections = Reconnections(self._streams, config.ingress.reconnect_grace_s)
         self._control = StreamControl(self._streams)
         self._mover = StreamMover(self._streams, config.ingress.rebalance_interval_s)
@@ -106,28 +126,33 @@ class Ingress(Probes):
 
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, parse_completion)
+        return await self._answer("completions", request, parse_completion)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, parse_chat)
+        return await self._answer("chat", request, parse_chat)
 
     @app.get("/v1/streams/{request_id:path}")
     async def resume(self, request: Request, request_id: str) -> Response:
         """Goes on with a resumable stream after the event that Last-Event-ID names."""
+        record = self._journal.open("resume", request.headers)
         try:
-            await self._model_info()  # makes the replicas known
-            kept = await self._reconnections.find(request_id)
-            generation, call = kept.generation, kept.context.call
-            choices = len(generation.streams)
-            progress = parse_progress(request.headers.get("last-event-id"), request_id, choices)
-            if progress.closing == ALL_SENT:
-                # To an EventSource this says not to come again.
-                return Response(status_code=204)
-            had = [progress.tokens(choice) for choice in range(choices)]
-            self._reconnections.read(kept, had)
+            with record.leaving():
+                await self._model_info()  # makes the replicas known
+                kept = await self._reconnections.find(request_id)
+                generation, call = kept.generation, kept.context.call
+                record.started(generation, call)
+                choices = len(generation.streams)
+                place = request.headers.get("last-event-id")
+                progress = parse_progress(place, request_id, choices)
+                if progress.closing == ALL_SENT:
+                    # To an EventSource this says not to come again.
+                    record.end(204)
+                    return Response(status_code=204)
+                had = [progress.tokens(choice) for choice in range(choices)]
+                self._reconnections.read(kept, had)
         except Exception as error:
-            return refusal(error)
+            return _refused(record, error)
         answer = Answer(
             call,
             generation.id,
@@ -136,7 +161,7 @@ class Ingress(Probes):
             created=kept.context.created,
             progress=progress,
         )
-        return self._streaming(call, generation, answer, had)
+        return self._streaming(call, generation, answer, had, record)
 
     @app.post("/v1/streams/{request_id:path}")
     async def change(self, request: Request, request_id: str) -> Response:
@@ -198,50 +223,65 @@ class Ingress(Probes):
             streams=self._streams.active,
             failovers=self._streams.failovers,
             moves=self._streams.moves,
+            own=self._journal.metrics.registry,
         )
         return Response(text, media_type=_PROMETHEUS_TYPE)
 
-    async def _answer(self, request: Request, parse: Callable[..., Call]) -> Response:
+    async def _answer(self, api: str, request: Request, parse: Callable[..., Call]) -> Response:
+        record = self._journal.open(api, request.headers)
         try:
-            body = parse_body(await read_body(request, self._limits), self._limits)
-            call = parse(
-                body,
-                model_names=[self._name],
-                limits=self._limits,
-                headers=given(request),
-            )
-            call = self._with_timeout(
-                call, request.headers.get(_TIMEOUT), "The header X-Request-Timeout-S"
-            )
-            # Refusals come out here, before anything is sent: they get a real status.
-            generation = await self._start(call)
+            with record.leaving():
+                body = parse_body(await read_body(request, self._limits), self._limits)
+                call = parse(
+                    body,
+                    model_names=[self._name],
+                    limits=self._limits,
+                    headers=given(request),
+                )
+                call = self._with_timeout(
+                    call, request.headers.get(_TIMEOUT), "The header X-Request-Timeout-S"
+                )
+                # Refusals come out here, before anything is sent: they get a real status.
+                generation = await self._start(call, record)
         except Exception as error:
-            return refusal(error)
+            return _refused(record, error)
         answer = Answer(call, generation.id, self._name, self._encoder.token_text)
         if call.stream:
-            return self._streaming(call, generation, answer, [])
+            return self._streaming(call, generation, answer, [], record)
         try:
             # When the client leaves, Serve cancels this, and the finally below ends the streams.
-            events = await self._collect(generation)
+            with record.leaving():
+                events = await self._collect(generation, record)
         except Exception as error:
-            return refusal(error)
+            return _refused(record, error)
         finally:
             generation.close()
+        record.end(200)
         echo = self._echo(call, generation)
         return JSONResponse(answer.whole(events, _usage(generation), echo))
 
     def _streaming(
-        self, call: Call, generation: Generation, answer: Answer, had: list[int]
+        self,
+        call: Call,
+        generation: Generation,
+        answer: Answer,
+        had: list[int],
+        record: Record,
     ) -> Response:
         """The response for a reader who has `had` tokens of each choice; empty = a new one."""
         return StreamingResponse(
-            self._events(call, generation, answer, had),
+            self._events(call, generation, answer, had, record),
             media_type="text/event-stream",
             headers=_SSE_HEADERS,
         )
 
     async def _events(
-        self, call: Call, generation: Generation, answer: Answer, had: list[int]
+        self,
+        call: Call,
+        generation: Generation,
+        answer: Answer,
+        had: list[int],
+        record: Record,
     ) -> AsyncIterator[bytes]:
         """The body of a stream. When the client leaves, it is closed."""
         reader = generation.reader
@@ -252,24 +292,30 @@ class Ingress(Probes):
                 answer.skip(choice, generation.streams[choice].history[:tokens])
             async for update in updates:
                 if update.events:
+                    record.sent(sum(event.token_id >= 0 for event in update.events))
                     yield answer.chunk(update.choice, update.events, partial(_usage, generation))
                 else:
                     # Only a write tells that a client has left; one that waits must not be
                     # served after it went.
                     yield HEARTBEAT
+            record.end(200)
             yield answer.closing(_usage(generation))
         except Exception as error:
             # The status is long sent; OpenAI's clients read an error from the stream itself.
-            yield answer.failure(error_body(error)[1])
+            status, body, _ = error_body(error)
+            record.end(status, type(error).__name__)
+            yield answer.failure(body)
         finally:
+            record.left()
             await updates.aclose()
             self._left(generation, reader)
 
-    async def _collect(self, generation: Generation) -> list[list[TokenEvent]]:
+    async def _collect(self, generation: Generation, record: Record) -> list[list[TokenEvent]]:
         events: list[list[TokenEvent]] = [[] for _ in generation.streams]
         # Nobody reads along: tokens may wait for each other.
         async for update in generation.updates(max(1.0, self._delay_s)):
             events[update.choice] += update.events
+            record.sent(sum(event.token_id >= 0 for event in update.events))
         return events
 
     # -- gRPC -----------------------------------------------------------------------------------
@@ -278,41 +324,46 @@ class Ingress(Probes):
         self, request: Any, grpc_context: Any
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """tokenflow.v1.Inference/Generate."""
+        record = self._journal.open("grpc", metadata_of(grpc_context))
         try:
-            check_message(request, self._limits)
-            call = call_from(
-                request,
-                model_names=[self._name],
-                limits=self._limits,
-                metadata_rate=metadata_value(grpc_context, "x-token-rate"),
-            )
-            call = self._with_timeout(
-                call, metadata_value(grpc_context, _TIMEOUT), f"The metadata {_TIMEOUT}"
-            )
-            generation = await self._start(call)
+            with record.leaving():
+                check_message(request, self._limits)
+                call = call_from(
+                    request,
+                    model_names=[self._name],
+                    limits=self._limits,
+                    metadata_rate=metadata_value(grpc_context, "x-token-rate"),
+                )
+                call = self._with_timeout(
+                    call, metadata_value(grpc_context, _TIMEOUT), f"The metadata {_TIMEOUT}"
+                )
+                generation = await self._start(call, record)
         except CapacityError as error:
             # Of a call that fails Serve drops the trailing metadata, of one that ends it does not.
-            rpc_failure(grpc_context, error)
+            _rpc_failed(record, grpc_context, error)
             return
         except Exception as error:
-            raise rpc_failure(grpc_context, error) from None
-        async for message in self._messages(generation, grpc_context):
+            raise _rpc_failed(record, grpc_context, error) from None
+        async for message in self._messages(generation, grpc_context, record):
             yield message
 
     async def _messages(
-        self, generation: Generation, grpc_context: Any
+        self, generation: Generation, grpc_context: Any, record: Record
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         reader = generation.reader
         updates = generation.updates(self._delay_s)
         try:
             async for update in updates:
                 last = update.events[-1].finish_reason is not None
+                record.sent(sum(event.token_id >= 0 for event in update.events))
                 yield response_from(
                     generation.id, update.events, generation.usage if last else None
                 )
+            record.end("OK")
         except Exception as error:
-            raise rpc_failure(grpc_context, error) from None
+            raise _rpc_failed(record, grpc_context, error) from None
         finally:
+            record.left()
             await updates.aclose()
             self._left(generation, reader)
 
@@ -321,14 +372,17 @@ class Ingress(Probes):
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """tokenflow.v1.Inference/Resume."""
 
+        record = self._journal.open("grpc-resume", metadata_of(grpc_context))
         try:
-            check_message(request, self._limits)
-            await self._model_info()  # makes the replicas known
-            kept = await self._reconnections.find(request.request_id)
-            self._reconnections.read(kept, [request.offset] * len(kept.generation.streams))
+            with record.leaving():
+                check_message(request, self._limits)
+                await self._model_info()  # makes the replicas known
+                kept = await self._reconnections.find(request.request_id)
+                record.started(kept.generation, kept.context.call)
+                self._reconnections.read(kept, [request.offset] * len(kept.generation.streams))
         except Exception as error:
-            raise rpc_failure(grpc_context, error) from None
-        async for message in self._messages(kept.generation, grpc_context):
+            raise _rpc_failed(record, grpc_context, error) from None
+        async for message in self._messages(kept.generation, grpc_context, record):
             yield message
 
     async def UpdateStream(self, request: Any, grpc_context: Any) -> pb.UpdateStreamResponse:
@@ -376,7 +430,7 @@ class Ingress(Probes):
 
     # -- both -----------------------------------------------------------------------------------
 
-    async def _start(self, call: Call) -> Generation:
+    async def _start(self, call: Call, record: Record) -> Generation:
         """Tokenize and open the streams. Raises what the client must be told."""
         self._mover.start()
         info = await self._model_info()
@@ -400,6 +454,7 @@ class Ingress(Probes):
             with admitted(
                 asks_of(call, prompts, params),
                 max_ttft_s=self._limits.max_predicted_ttft_s,
+                max_stall_s=self._limits.max_predicted_stall_s,
                 time_left_s=call.timeout_s,
             ):
                 return await Generation.start(
@@ -412,14 +467,17 @@ class Ingress(Probes):
                     call.cache_salt,
                     context,
                     deadline_s,
+                    traced=record.traced,
                 )
 
         if not call.resumable:
-            return await start(b"")
-        context = Context(call, int(time.time()), prompts, params)
-        with self._reconnections.starting(request_id):
-            generation = await start(context.to_bytes())
-            self._reconnections.keep(generation, context)
+            generation = await start(b"")
+        else:
+            context = Context(call, int(time.time()), prompts, params)
+            with self._reconnections.starting(request_id):
+                generation = await start(context.to_bytes())
+                self._reconnections.keep(generation, context)
+        record.started(generation, call)
         return generation
 
     def _left(self, generation: Generation, reader: int) -> None:
@@ -444,6 +502,11 @@ class Ingress(Probes):
             for prompt, ids in zip(call.prompts, generation.prompts, strict=True)
         ]
         return [text for text in texts for _ in range(call.n)]
+
+    def __del__(self) -> None:
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.close()
 
     async def _model_info(self) -> dict[str, Any]:
         if self._info is None:

@@ -68,6 +68,10 @@ def preflight(config: ClusterConfig) -> Preflight:
         ("ingress.grpc_port", config.ingress.grpc_port),
     ):
         _check_port(key, config.ingress.host, port)
+    if config.tracing.endpoint is not None:
+        from tokenflow.cluster.tracing import otlp_exporter
+
+        otlp_exporter(config.tracing.endpoint)
     if config.ingress.port == config.ingress.grpc_port:
         raise ConfigError("ingress.port and ingress.grpc_port must differ.")
     return Preflight(spec, device, blocks, gpus_each)
@@ -253,6 +257,8 @@ class LocalCluster:
             # that is as long as a resumable request waits for its client.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Log lines are to be in their file when they are written, not a thousand lines later.
+            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
             # A gRPC client has one connection for all its streams; beyond this many, and Ray says
             # 100, they would wait for each other's end without a word.
             "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from tokenflow.replicas.buffers import BUFFER_QUANTILES
 from tokenflow.replicas.stats import TTFT_BUCKETS_S
 
 _COUNTERS = {
@@ -78,6 +79,11 @@ _GAUGES = {
         "tokenflow_overloaded",
         "1 while readers ask for more than can be promised them.",
     ),
+    "now_readers": (
+        "tokenflow_readers",
+        "Readers with text: past the first token, and not paused.",
+    ),
+    "now_dry_readers": ("tokenflow_dry_readers", "Of those, readers whose buffer is empty."),
 }
 
 
@@ -109,6 +115,31 @@ class _Snapshot:
         self._streams = streams
         self._failovers = failovers
         self._moves = moves
+
+    def _buffers(self) -> Metric:
+        buffers = GaugeMetricFamily(
+            "tokenflow_reader_buffer_seconds",
+            "Seconds of unread text that readers have, by quantile; none without readers.",
+            labels=["replica", "quantile"],
+        )
+        for stats in self._replicas:
+            # Without readers there is no quantile.
+            for quantile, seconds in zip(
+                BUFFER_QUANTILES, stats["now_buffer_quantiles_s"], strict=False
+            ):
+                buffers.add_metric([stats["replica_id"], str(quantile)], seconds)
+        return buffers
+
+    def _transfers(self) -> Metric:
+        queues = GaugeMetricFamily(
+            "tokenflow_kv_transfer_queue_bytes",
+            "KV on its way to host memory (offload) or to the device (load).",
+            labels=["replica", "direction"],
+        )
+        for stats in self._replicas:
+            queues.add_metric([stats["replica_id"], "offload"], stats["now_offload_queue_bytes"])
+            queues.add_metric([stats["replica_id"], "load"], stats["now_load_queue_bytes"])
+        return queues
 
     def _stores(self) -> Iterator[Metric]:
         """The nodes' KV stores, and the replicas' ways to them."""
@@ -184,6 +215,8 @@ class _Snapshot:
             for stats in self._replicas:
                 gauge.add_metric([stats["replica_id"]], stats[key])
             yield gauge
+        yield self._buffers()
+        yield self._transfers()
         yield from self._stores()
         yield from self._fetches()
         streams = GaugeMetricFamily(
@@ -204,9 +237,16 @@ class _Snapshot:
 
 
 def render(
-    replicas: Iterable[dict[str, Any]], *, ingress: str, streams: int, failovers: int, moves: int
+    replicas: Iterable[dict[str, Any]],
+    *,
+    ingress: str,
+    streams: int,
+    failovers: int,
+    moves: int,
+    own: CollectorRegistry,
 ) -> bytes:
-    """The exposition text. `replicas` are dicts as `Replica.stats` returns them."""
+    """The exposition text. `replicas` are dicts as `Replica.stats` returns them, `own` is what the
+    ingress counts."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(replicas, ingress, streams, failovers, moves))  # type: ignore[arg-type]
-    return generate_latest(registry)
+    return generate_latest(registry) + generate_latest(own)

@@ -17,6 +17,7 @@ from ray import serve
 from tokenflow.cluster.autoscaling import measures
 from tokenflow.cluster.config import ClusterConfig, parse_config
 from tokenflow.cluster.kv_fetch import FetchStats, KVFetcher
+from tokenflow.cluster.logs import REQUEST_ID, adopt_engine_logs
 from tokenflow.cluster.outbox import Outboxes
 from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
@@ -60,6 +61,7 @@ class Replica:
 
     def __init__(self, config_tree: dict[str, Any], sharers: int) -> None:
         config = parse_config(config_tree)
+        adopt_engine_logs()
         self._config = config
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
@@ -149,6 +151,7 @@ class Replica:
         """
         if target is not None:
             self._check_target(target)
+        REQUEST_ID.set(submission.client_id)
         request = Request(
             request_id=submission.request_id,
             prompt_ids=submission.prompt_ids,
@@ -159,6 +162,7 @@ class Replica:
             paused=submission.paused,
             cache_salt=submission.cache_salt,
             arrival_s=time.monotonic() - submission.waited_s,
+            traced=submission.traced,
         )
         with self._outboxes.expecting(request.request_id):
             await self._fetch_kv(request, submission.kv_source)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from tokenflow.cluster.attempts import Attempts
 from tokenflow.cluster.coalescer import StreamCoalescer
 from tokenflow.replicas.errors import InvalidRequestError, ReaderReplacedError, TokenFlowError
 from tokenflow.replicas.output import TokenEvent
@@ -40,6 +41,7 @@ class Stream:
         *,
         choice: int = 0,
         context: bytes = b"",
+        traced: bool = False,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.request_id = request_id
@@ -53,6 +55,8 @@ class Stream:
         self.choice = choice
         self.context = context
         """See `Submission.context`."""
+        self.attempts = Attempts() if traced else None
+        """What it went through, if it is traced."""
         self.token_ids: list[int] = []
         """All tokens received so far."""
         self.history: list[TokenEvent] = []
@@ -91,6 +95,8 @@ class Stream:
         """A new `attempt_id`."""
         self.attempt += 1
         self.attempt_id = f"{self.id}#{self.attempt}"
+        if self.attempts is not None:
+            self.attempts.begin(self.attempt_id)
         return self.attempt_id
 
     @property
@@ -99,8 +105,17 @@ class Stream:
 
     # -- what comes from replicas ---------------------------------------------------------------
 
+    def keep_notes(self, event: TokenEvent) -> TokenEvent:
+        """The event without what it tells of the stream's life, which is kept for its trace."""
+        if not event.notes:
+            return event
+        if self.attempts is not None:
+            self.attempts.note(event.request_id, event.notes)
+        return event._replace(notes=())
+
     def deliver(self, event: TokenEvent) -> None:
         """Take an event of the present attempt."""
+        event = self.keep_notes(event)
         if event.finish_reason == "error":
             self.fail(TokenFlowError(event.error or "the replica failed this request"))
             return

@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from tokenflow.cluster.logs import about
 from tokenflow.cluster.replica_calls import ReplicaCalls
 from tokenflow.cluster.replica_registry import REGISTRY
 from tokenflow.cluster.stream import Stream
@@ -178,7 +179,11 @@ class StreamManager:
             try:
                 await self._calls.ask(stream.replica_id, "change", stream.attempt_id, change)
             except Exception as error:
-                logger.info("change of %s not delivered: %s", stream.id, type(error).__name__)
+                logger.info(
+                    "change not delivered: %s",
+                    type(error).__name__,
+                    extra=about(stream.request_id),
+                )
         self._telling.discard(stream.id)
 
     def _is_moving(self, stream: Stream) -> bool:
@@ -250,6 +255,7 @@ class StreamManager:
             client_id=stream.request_id,
             choice=stream.choice,
             context=stream.context,
+            traced=stream.attempts is not None,
             past=tuple(tuple(event) for event in stream.history),
             consumed=stream.consumed(),
             paused=stream.stands_still,
@@ -291,6 +297,8 @@ class StreamManager:
             self._cancel_on(replica_id, attempt_id)
             return
         stream.replica_id = replica_id
+        if stream.attempts is not None:
+            stream.attempts.placed(attempt_id, replica_id)
         self._listen(replica_id)
         if stream.id in self._changes:
             self._tell(stream, ReaderChange())
@@ -329,7 +337,9 @@ class StreamManager:
         try:
             replica_id = await self._submit(submission, deadline, target)
         except Exception as error:
-            logger.info("stream %s stays: %s", stream.id, error)
+            logger.info("stream stays: %s", error, extra=about(stream.request_id))
+            if stream.attempts is not None:
+                stream.attempts.end(submission.request_id, "refused")
             self._streams.pop(submission.request_id, None)
             REGISTRY.finish(submission.request_id)
             if stream.attempt_id == submission.request_id:
@@ -348,6 +358,8 @@ class StreamManager:
             return
         self._streams.pop(move.attempt_id, None)
         REGISTRY.finish(move.attempt_id)
+        if move.stream.attempts is not None:
+            move.stream.attempts.end(move.attempt_id, "lost" if move.lost else "moved")
         if not move.lost:
             self._cancel_on(move.replica_id, move.attempt_id)
         if move.stream.id in self._changes:
@@ -404,6 +416,7 @@ class StreamManager:
             if self._adoptions:
                 self._early[event.request_id].append(event)
             return
+        event = stream.keep_notes(event)
         if event.request_id == stream.attempt_id:
             self._end_moves(stream)
         if 0 <= event.offset < len(stream.token_ids) and event.token_id >= 0:
@@ -449,7 +462,7 @@ class StreamManager:
             try:
                 self.change(stream, notice.change)
             except InvalidRequestError as error:
-                logger.info("change of %s: %s", stream.id, error)
+                logger.info("change refused: %s", error, extra=about(stream.request_id))
 
     async def _look_after_replicas(self) -> None:
         while True:
@@ -483,10 +496,17 @@ class StreamManager:
         """Its replica is lost: resubmit it."""
         self._streams.pop(stream.attempt_id, None)
         REGISTRY.finish(stream.attempt_id)
+        if stream.attempts is not None:
+            stream.attempts.end(stream.attempt_id, "lost")
         stream.kv_source = REGISTRY.node_of(stream.replica_id or "") or None
         stream.replica_id = None
         if stream.finish_reason is None:
             self.failovers += 1
+            logger.info(
+                "stream has lost its replica after %d tokens",
+                len(stream.token_ids),
+                extra=about(stream.request_id),
+            )
             self._spawn(self._place_again(stream))
 
     async def _place_again(self, stream: Stream) -> None:

@@ -21,8 +21,12 @@ def stream_from(manager: Closer, holding: Holding, replica_id: str) -> Stream:
         submission.cache_salt,
         choice=submission.choice,
         context=submission.context,
+        traced=submission.traced,
     )
     stream.attempt_id = submission.request_id
+    if stream.attempts is not None:
+        stream.attempts.begin(stream.attempt_id)
+        stream.attempts.placed(stream.attempt_id, replica_id)
     stream.id, _, attempt = submission.request_id.rpartition("#")
     stream.attempt = int(attempt)
     stream.paused = submission.paused

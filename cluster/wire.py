@@ -45,6 +45,8 @@ class Submission:
     consumed: int | None = None
     """How many of `resumed_ids` the reader has consumed; None = all."""
     paused: bool = False
+    traced: bool = False
+    """Whether its events are to tell what happens to it."""
     kv_source: str | None = None
     """The node whose store has KV of this text, if another replica has served it before."""
 

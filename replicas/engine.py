@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from tokenflow.replicas.buffers import take_buffers
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import CapacityError, InvalidRequestError, StepMemoryError
 from tokenflow.replicas.executor.base import (
@@ -317,6 +318,9 @@ class Engine:
         stats.now_cached_blocks = pool.cached_blocks
         stats.now_total_blocks = pool.num_blocks
         stats.now_free_host_slots = self.kv.host.available()
+        transfers, block_bytes = self.kv.transfers, self.executor.layout.block_bytes
+        stats.now_offload_queue_bytes = transfers.queued(to_host=True) * block_bytes
+        stats.now_load_queue_bytes = transfers.queued(to_host=False) * block_bytes
         stats.now_rate = float(tracker.rate[~tracker.paused].sum())
         if not len(tracker):
             stats.now_parked, stats.now_overloaded = 0, False
@@ -332,6 +336,9 @@ class Engine:
                 last=self.overload,
                 now=now,
             )
+            buffers = take_buffers(tracker, now)
+            stats.now_readers, stats.now_dry_readers = buffers.readers, buffers.dry
+            stats.now_buffer_quantiles_s = buffers.quantiles_s
         if self._meter.due(tracker, stats.requests, now):
             self._measure_load(now)
         return False
@@ -374,6 +381,7 @@ class Engine:
                 kv_tokens,
                 self.config.max_num_seqs,
                 self._expected_lengths(),
+                self.lengths.prompts_per_output,
             )
         stats = self.stats
         stats.now_capacity = load.capacity if load.capacity < math.inf else 0.0
@@ -549,7 +557,7 @@ class Engine:
                 step.decodes += 1
                 step.context += seq.num_computed
             else:
-                step.prefill += n
+                step.prefills.append((seq, n))
                 fresh = max(0, min(seq.num_computed + n, len(seq.prompt_ids)) - seq.num_computed)
                 if seq.preemptions or seq.request.resumed_ids:
                     fresh = 0
@@ -568,13 +576,16 @@ class Engine:
         self.stats.steps += 1
         self.stats.step_seconds += seconds
         unix_now = time.time()
+        for seq, n in step.prefills:
+            seq.note("prefill", tokens=n, seconds=seconds)
         for (seq, *_), token_id, logprobs in zip(
             step.shares, result.token_ids, result.logprobs, strict=True
         ):
             if token_id >= 0 and seq.state is not State.FINISHED:
                 self.tracker.touch(seq)
                 self._take_token(seq, token_id, logprobs, now, unix_now)
-        self.cost.observe_step(step.decodes, step.context, step.prefill, seconds)
+        prefill = sum(n for _, n in step.prefills)
+        self.cost.observe_step(step.decodes, step.context, prefill, seconds)
 
     def _take_token(
         self,
@@ -586,11 +597,15 @@ class Engine:
     ) -> None:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
+        if not seq.drawn:
+            seq.note("first_token")
         # A moved request's figure was told by the replica that drew its first token.
         cached_tokens = 0 if seq.drawn else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
+        if reason is not None:
+            self._forget(seq, reason)
         self._events.append(
             TokenEvent(
                 seq.request_id,
@@ -601,12 +616,12 @@ class Engine:
                 logprobs,
                 reason.value if reason else None,
                 cached_tokens=cached_tokens,
+                notes=seq.take_notes(),
             )
         )
-        if reason is not None:
-            self._forget(seq, reason)
 
     def _end_early(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._forget(seq, reason)
         self._events.append(
             TokenEvent(
                 seq.request_id,
@@ -617,9 +632,9 @@ class Engine:
                 None,
                 reason.value,
                 error,
+                notes=seq.take_notes(),
             )
         )
-        self._forget(seq, reason)
 
     def _forget(self, seq: Sequence, reason: FinishReason) -> None:
         self.kv.forget(seq)
@@ -630,7 +645,11 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
-        self.lengths.observe(seq.drawn, ended=reason is FinishReason.STOP)
+        self.lengths.observe(
+            seq.drawn,
+            ended=reason is FinishReason.STOP,
+            prompt_tokens=len(seq.prompt_ids) - seq.cached_tokens,
+        )
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)

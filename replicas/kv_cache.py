@@ -276,6 +276,7 @@ class KVCache:
             ]
             load.jobs.add(self.transfers.start(Kind.LOAD, copies))
             self._stats.loaded_bytes += len(copies) * self._block_bytes
+            seq.note("load", bytes=len(copies) * self._block_bytes)
             load.next = end
 
     def progress(self) -> None:
@@ -401,6 +402,8 @@ class KVCache:
         if seq.state is not State.RUNNING:
             return
         seq.preemptions += 1
+        on_host = min(seq.sent_blocks * self.block_size, seq.num_computed)
+        seq.note("preempt", how=how.value, computed_tokens=seq.num_computed, host_tokens=on_host)
         if how is Preempt.OFFLOAD and self._config.offload and seq.num_computed > 0:
             kept = self._send_rest(seq)
             if kept > 0:
@@ -438,6 +441,7 @@ class KVCache:
             copies = self.outgoing(seq, first, end)
             self.transfers.start(Kind.OFFLOAD, copies, kept if end == filled else [])
         self._stats.offloaded_bytes += unsent * self._block_bytes
+        seq.note("offload", bytes=unsent * self._block_bytes)
         return seq.num_computed
 
     def outgoing(self, seq: Sequence, first: int, end: int) -> list[Copy]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from tokenflow.replicas.scheduler.capacity import full_capacity
+from tokenflow.replicas.scheduler.capacity import full_capacity, sustained
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.tracker import Tracker
@@ -52,7 +52,8 @@ class LoadReport:
     rate: float = 0.0
     """Sum of the rates of those who read, and ELASTIC_RATE for each request without a reader."""
     capacity: float = 0.0
-    """Gamma: what the device makes when it is full of requests like these; 0 while unknown."""
+    """Gamma: what the device makes when it is full of requests like these, and goes on making while
+    others with prompts like theirs replace them; 0 while unknown."""
     prefill_s: float = 0.0
     """Seconds per prompt token, as measured on a wall clock beside all other work."""
     load_s: float = 0.0
@@ -117,7 +118,11 @@ class LoadMeter:
         self._measure(queued, prefilled, now)
         last = self.report
         capacity = (
-            full_capacity(tracker, cost, device_tokens, max_num_seqs, expected)
+            sustained(
+                full_capacity(tracker, cost, device_tokens, max_num_seqs, expected),
+                cost,
+                lengths.prompts_per_output,
+            )
             if len(tracker)
             else last.capacity
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tokenflow.replicas.executor.base import TokenLogprobs
+from tokenflow.replicas.life import Note
 
 
 class TokenEvent(NamedTuple):
@@ -25,3 +26,5 @@ class TokenEvent(NamedTuple):
     error: str | None = None
     cached_tokens: int = 0
     """Prompt tokens that a cache spared the request; on the event at offset 0 only."""
+    notes: tuple[Note, ...] = ()
+    """What happened to a traced request since its event before."""

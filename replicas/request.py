@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow.replicas.executor.base import UNKNOWN
+from tokenflow.replicas.life import Life, Note
 from tokenflow.replicas.sampling.params import SamplingParams
-from tokenflow.replicas.scheduler.playback import Playback
+from tokenflow.replicas.scheduler.playback import STALL_EPSILON_S, Playback
 
 
 class State(Enum):
@@ -76,6 +77,8 @@ class Request:
     """Only requests with the same salt share cached prefixes."""
     arrival_s: float = field(default_factory=time.monotonic)
     """Engine clock."""
+    traced: bool = False
+    """Whether its events tell what happened to it (`TokenEvent.notes`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class Sequence:
         "host_slots",
         "in_flight",
         "keys",
+        "life",
         "num_blocks",
         "num_computed",
         "output_ids",
@@ -134,6 +138,8 @@ class Sequence:
         self.tokens: list[int] = [*request.prompt_ids, *request.resumed_ids]
         self.arrival_s = request.arrival_s
         self.state = State.WAITING
+        self.life = Life() if request.traced else None
+        self.note(State.WAITING.value)
         self.elastic = math.isinf(request.token_rate)
         """Whether its consumer is no reader: its rate is then a reference that moves with load."""
         self.playback = Playback(FIRST_REFERENCE if self.elastic else request.token_rate)
@@ -180,6 +186,16 @@ class Sequence:
         if to not in ARCS[self.state]:
             raise RuntimeError(f"{self.request_id}: no way from {self.state.name} to {to.name}")
         self.state = to
+        self.note(to.value, computed_tokens=self.num_computed, output_tokens=self.drawn)
+
+    def note(self, what: str, **values: float | str) -> None:
+        """Something happens to it now, which a trace of it shows."""
+        if self.life is not None:
+            self.life.note(what, **values)
+
+    def take_notes(self) -> tuple[Note, ...]:
+        """Notes since the last call; none when it is not traced."""
+        return () if self.life is None else self.life.take()
 
     def set_rate(self, token_rate: float, now: float) -> None:
         """Change the consumer's speed; infinite = no reader."""
@@ -233,7 +249,11 @@ class Sequence:
         self.resident_tokens += 1
         if self.first_token_s is None:
             self.first_token_s = now
+        stalled_s = -self.playback.stall_s
         self.playback.generate(now)
+        stalled_s += self.playback.stall_s
+        if stalled_s > STALL_EPSILON_S:
+            self.note("stalled", seconds=stalled_s)
         self.buffers.append(self.playback.buffer(now))
 
     def add_blocks(self, block_ids: Seq[int]) -> None:

@@ -67,6 +67,16 @@ class EngineStats:
     """Unfinished requests that are not promised their rate."""
     now_overloaded: bool = False
     """Whether readers ask for more than can be promised them."""
+    now_offload_queue_bytes: int = 0
+    """KV on its way to the host, write-through included."""
+    now_load_queue_bytes: int = 0
+    """KV on its way to the device."""
+    now_readers: int = 0
+    """Requests with a reader who has had the first token and does not pause."""
+    now_dry_readers: int = 0
+    """Of those, the ones whose buffer is empty."""
+    now_buffer_quantiles_s: tuple[float, ...] = ()
+    """Their buffers in seconds of text, at BUFFER_QUANTILES; empty without readers."""
 
     @property
     def preemptions(self) -> int:

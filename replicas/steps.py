@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokenflow.replicas.config import EngineConfig
@@ -56,7 +56,8 @@ class Step:
     decodes: int = 0
     context: int = 0
     """Tokens of KV that the decoding sequences read."""
-    prefill: int = 0
+    prefills: Shares = field(default_factory=list)
+    """Those that do not decode."""
 
     def result(self) -> StepResult:
         """Waits for its end."""

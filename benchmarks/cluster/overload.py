@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rate", type=float, default=20.0, help="tokens/s of every reader")
     parser.add_argument("--max-ttft", type=float, default=10.0, help="the bound of admission, s")
+    parser.add_argument("--max-stall", type=float, default=0.5, help="the same for pauses, s")
     parser.add_argument("--share", type=float, help="processors of each replica")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json")
@@ -107,8 +108,10 @@ def main() -> None:
         "engine.max_num_seqs": 32,
         "kvstore.host_kv_gib": 0.5,
         "limits.max_predicted_ttft_s": args.max_ttft,
+        "limits.max_predicted_stall_s": args.max_stall,
     }
-    with LocalCluster(load_config(None, {**overrides, "limits.max_predicted_ttft_s": None})) as own:
+    unbounded = dict.fromkeys(("limits.max_predicted_ttft_s", "limits.max_predicted_stall_s"))
+    with LocalCluster(load_config(None, {**overrides, **unbounded})) as own:
         stack = contextlib.ExitStack()
         own.serve()
         if args.share:

@@ -66,6 +66,10 @@ def add_inference_to_server(servicer: Any, server: Any) -> None:
 class RpcFailed(Exception):
     """Ends a call whose status has been set on its context."""
 
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+
 
 def rpc_failure(context: Any, error: Exception) -> RpcFailed:
     """Sets the call's status; what is returned is to be raised."""
@@ -74,7 +78,7 @@ def rpc_failure(context: Any, error: Exception) -> RpcFailed:
     context.set_details(details)
     if isinstance(error, CapacityError):
         context.set_trailing_metadata(retry_metadata(code, details, error.retry_after_s))
-    return RpcFailed(f"{code.name}: {details}")
+    return RpcFailed(code, details)
 
 
 def retry_metadata(
@@ -100,9 +104,15 @@ def check_message(request: Any, limits: Limits) -> None:
         too_long(limits)
 
 
+def metadata_of(context: Any) -> dict[str, str]:
+    """The call's metadata; of a key that is given twice the first value."""
+    found: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        found.setdefault(name, text)
+    return found
+
+
 def metadata_value(context: Any, key: str) -> str | None:
     """The first value of a key in the call's metadata."""
-    for name, value in context.invocation_metadata() or ():
-        if name == key:
-            return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return None
+    return metadata_of(context).get(key)

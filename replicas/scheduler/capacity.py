@@ -12,6 +12,8 @@ from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 LOAD_FACTOR = 0.92
 """Share of the capacity that may be promised to readers; the rest covers prefills and switches."""
+_ALL = 0.97
+"""Share of its time that a device can be planned to use when prefills are counted apart."""
 _FLOOR = 1.0
 """Least reference rate, tokens/s: under any load, an agent makes progress."""
 
@@ -62,6 +64,16 @@ def full_capacity(
     return cost.capacity(max(1.0, min(kv_tokens / context, max_num_seqs)), context)
 
 
+def sustained(gamma: float, cost: CostModel, prompts_per_output: float) -> float:
+    """Of `gamma`, tokens/s, what is left when every output token comes with so many prompt tokens
+    to prefill, for as long as new requests replace those that end. Little of that is covered by
+    LOAD_FACTOR, and then it is `gamma` itself."""
+    if math.isinf(gamma):
+        return gamma
+    prefills = gamma * cost.prefill_s(1) * prompts_per_output
+    return gamma * min(1.0, _ALL / (LOAD_FACTOR * (1.0 + prefills)))
+
+
 def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s in order of
     arrival; the first one fits whatever it asks for, and who is paused asks for nothing. None when
@@ -83,10 +95,11 @@ def assess(
     kv_tokens: int,
     max_num_seqs: int,
     length: IntArray | FloatArray | None = None,
+    prompts_per_output: float = 0.0,
 ) -> Load:
     """The load under a policy that promises nothing itself."""
     gamma = capacity(tracker, cost, kv_tokens, max_num_seqs, length)
-    beyond = unpromised(tracker, LOAD_FACTOR * gamma)
+    beyond = unpromised(tracker, LOAD_FACTOR * sustained(gamma, cost, prompts_per_output))
     if beyond is None:
         return Load(gamma)
     return Load(gamma, int(np.count_nonzero(beyond)), overloaded=True)

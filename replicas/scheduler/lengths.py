@@ -1,4 +1,5 @@
-"""How long outputs are, learned from those that ended: most end long before their limit.
+"""How long outputs are, learned from those that ended: most end long before their limit; and how
+much there was to prefill for them.
 
 The survival estimate of Kaplan and Meier: what was cut off, by its limit or its client, and what is
 still running has been at least so long. Where outputs are only ever cut off by their limit, the
@@ -27,19 +28,28 @@ class OutputLengths:
         self._ended = np.zeros(len(_EDGES))
         self._cut = np.zeros(len(_EDGES))
         self._any = self._stale = False
+        self._prompt_tokens = self._output_tokens = 0.0
         self._survival: FloatArray = np.ones(len(_EDGES))
         """Share of outputs that are longer than each edge."""
         self._tokens: FloatArray = _EDGES.copy()
         """Its integral: the mean length of outputs, those beyond the edge cut off there."""
 
-    def observe(self, tokens: int, *, ended: bool) -> None:
-        """An output has had that many tokens, and `ended` or was cut off."""
+    def observe(self, tokens: int, *, ended: bool, prompt_tokens: int = 0) -> None:
+        """An output has had that many tokens, and `ended` or was cut off; `prompt_tokens` had to be
+        prefilled for it, those found in a cache not among them."""
+        self._prompt_tokens = self._prompt_tokens * _FORGET + prompt_tokens
+        self._output_tokens = self._output_tokens * _FORGET + tokens
         self._any |= ended
         self._stale = True
         self._ended *= _FORGET
         self._cut *= _FORGET
         where = self._ended if ended else self._cut
         where[_interval(np.array([tokens]))[0]] += 1.0
+
+    @property
+    def prompts_per_output(self) -> float:
+        """Prompt tokens that were prefilled for each output token; 0 while nothing has ended."""
+        return self._prompt_tokens / self._output_tokens if self._output_tokens else 0.0
 
     def expected(self, limit: IntArray, generated: IntArray) -> IntArray | FloatArray:
         """Mean final length, tokens, of unfinished outputs that have `generated` tokens and may

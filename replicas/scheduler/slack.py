@@ -36,7 +36,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenflow.replicas.request import State
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR, Load, capacity, unpromised
+from tokenflow.replicas.scheduler.capacity import (
+    LOAD_FACTOR,
+    Load,
+    capacity,
+    sustained,
+    unpromised,
+)
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -98,7 +104,8 @@ class _Outlook:
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gamma)
+        gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
         if parked is not None:
             self.parked = parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)

@@ -21,6 +21,8 @@ KV_TOKENS = 4 * 256
 class Server:
     cluster: LocalCluster
     config: ClusterConfig
+    traces_port: int
+    """Where traces of requests go whose clients want them; nobody listens."""
 
     @property
     def url(self) -> str:
@@ -80,6 +82,7 @@ def _sum(text: str, name: str, labels: dict[str, str]) -> float:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
+    traces_port = free_port()
     config = load_config(
         None,
         {
@@ -90,8 +93,11 @@ def server() -> Iterator[Server]:
             "engine.cpu_threads": 1,
             "kvstore.host_kv_gib": 0.25,
             "replicas.count": 2,
+            "logging.format": "json",
+            "tracing.endpoint": f"http://127.0.0.1:{traces_port}/v1/traces",
+            "tracing.sample_ratio": 0,
         },
     )
     with LocalCluster(config) as cluster:
         cluster.serve()
-        yield Server(cluster, config)
+        yield Server(cluster, config, traces_port)

@@ -6,10 +6,13 @@ import math
 from dataclasses import fields
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from tokenflow.cluster.ingress_metrics import IngressMetrics
 from tokenflow.cluster.kv_fetch import FetchStats
 from tokenflow.cluster.metrics import render
+from tokenflow.replicas.buffers import BUFFER_QUANTILES
 from tokenflow.replicas.stats import TTFT_BUCKETS_S, EngineStats
 
 TTFTS = {"one": [0.01, 0.05, 0.3, 1.2, 61.0], "two": [2.0]}
@@ -45,6 +48,8 @@ NAMES = {
     "now_capacity": "tokenflow_capacity",
     "now_parked": "tokenflow_parked_requests",
     "now_overloaded": "tokenflow_overloaded",
+    "now_readers": "tokenflow_readers",
+    "now_dry_readers": "tokenflow_dry_readers",
 }
 ELSEWHERE = {
     "finished": "tokenflow_finished_requests_total",
@@ -53,6 +58,9 @@ ELSEWHERE = {
     "ttft_count": "tokenflow_time_to_first_token_seconds_count",
     "ttft_seconds": "tokenflow_time_to_first_token_seconds_sum",
     "ttft_buckets": "tokenflow_time_to_first_token_seconds_bucket",
+    "now_offload_queue_bytes": "tokenflow_kv_transfer_queue_bytes",
+    "now_load_queue_bytes": "tokenflow_kv_transfer_queue_bytes",
+    "now_buffer_quantiles_s": "tokenflow_reader_buffer_seconds",
 }
 
 
@@ -70,6 +78,7 @@ def stats(replica: str, base: int) -> EngineStats:
         if isinstance(getattr(made, field.name), int | float):
             setattr(made, field.name, base + i)
     made.finished = {"stop": base + 50, "length": base + 51}
+    made.now_buffer_quantiles_s = (base + 60.0, base + 61.0, base + 62.0)
     made.ttft_count, made.ttft_seconds = 0, 0.0
     for seconds in TTFTS[replica]:
         made.observe_ttft(seconds)
@@ -82,6 +91,7 @@ ENGINES = {"one": stats("one", 1000), "two": stats("two", 2000)}
 def scrape(**given) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Metric name -> labels -> value."""
     arguments = {"ingress": "front", "streams": 3, "failovers": 2, "moves": 5} | given
+    arguments.setdefault("own", CollectorRegistry())
     replicas = arguments.pop(
         "replicas", [s.to_dict() | {"replica_id": name} for name, s in ENGINES.items()]
     )
@@ -109,6 +119,20 @@ def test_preemptions_are_told_apart_by_kind():
     for name, engine in ENGINES.items():
         assert found[("how", "offload"), ("replica", name)] == engine.preempted_offload
         assert found[("how", "recompute"), ("replica", name)] == engine.preempted_recompute
+
+
+def test_queues_are_told_apart_by_direction_and_buffers_by_quantile():
+    found = scrape()
+    queues, buffers = (
+        found["tokenflow_kv_transfer_queue_bytes"],
+        found["tokenflow_reader_buffer_seconds"],
+    )
+    assert len(queues) == 4 and len(buffers) == 2 * len(BUFFER_QUANTILES)
+    for name, engine in ENGINES.items():
+        assert queues[("direction", "offload"), ("replica", name)] == engine.now_offload_queue_bytes
+        assert queues[("direction", "load"), ("replica", name)] == engine.now_load_queue_bytes
+        for quantile, seconds in zip(BUFFER_QUANTILES, engine.now_buffer_quantiles_s, strict=True):
+            assert buffers[("quantile", str(quantile)), ("replica", name)] == seconds
 
 
 def test_ended_requests_are_told_apart_by_reason():
@@ -192,6 +216,25 @@ def test_the_ingress_counts_its_own():
     assert found["tokenflow_ingress_streams"] == {(("ingress", "front"),): 3.0}
     assert found["tokenflow_failovers_total"] == {(("ingress", "front"),): 2.0}
     assert found["tokenflow_moves_total"] == {(("ingress", "front"),): 5.0}
+
+
+def test_the_ingress_counts_its_requests():
+    own = IngressMetrics("front")
+    own.first_token("chat", 0.3)
+    own.ended("chat", "200", 2.0)
+    own.ended("chat", "200", 700.0)
+    own.ended("grpc", "RESOURCE_EXHAUSTED", 0.01)
+    found = scrape(own=own.registry)
+    assert found["tokenflow_ingress_requests_total"] == {
+        (("api", "chat"), ("ingress", "front"), ("status", "200")): 2.0,
+        (("api", "grpc"), ("ingress", "front"), ("status", "RESOURCE_EXHAUSTED")): 1.0,
+    }
+    chat = (("api", "chat"), ("ingress", "front"))
+    assert found["tokenflow_ingress_time_to_first_token_seconds_count"][chat] == 1
+    assert found["tokenflow_ingress_time_to_first_token_seconds_sum"][chat] == 0.3
+    assert found["tokenflow_ingress_request_seconds_count"][chat] == 2
+    assert found["tokenflow_ingress_request_seconds_sum"][chat] == 702
+    assert not [name for name in found if name.endswith("_created")]
 
 
 def test_without_replicas_the_ingress_still_answers():

@@ -17,6 +17,8 @@ from tokenflow.replicas.errors import (
     ReaderReplacedError,
     RequestCancelledError,
 )
+from tokenflow.replicas.life import Note
+from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -39,8 +41,9 @@ async def manager(handle):
         task.cancel()
 
 
-async def opened(manager: StreamManager, context: bytes = b"") -> Stream:
-    stream = Stream(manager, "r", (1, 2), SamplingParams(max_tokens=LIMIT), 20.0, context=context)
+async def opened(manager: StreamManager, context: bytes = b"", traced: bool = False) -> Stream:
+    params = SamplingParams(max_tokens=LIMIT)
+    stream = Stream(manager, "r", (1, 2), params, 20.0, context=context, traced=traced)
     await manager.open(stream)
     return stream
 
@@ -88,6 +91,35 @@ async def test_a_planned_move_loses_and_repeats_nothing(handle, manager):
     new.step(LIMIT)
     assert await read == WHOLE
     assert (manager.moves, manager.failovers, manager.active) == (1, 0, 0)
+
+
+async def test_a_traced_stream_knows_where_it_was_and_why_it_left(handle, manager):
+    stream = await opened(manager, traced=True)
+    read = reading(stream)
+    first, second = home(handle, stream)
+    assert first.submissions[0].traced
+    await step(stream, first, 2)
+    second.full = True
+    assert not await manager.move_to(stream, second.name)
+    second.full = False
+    assert await manager.move_to(stream, second.name)
+    second.step(2)
+    await until(lambda: first.cancelled)
+    second.hung = True
+    await until(lambda: stream.replica_id == first.name)
+    # What a replica notes comes with its tokens, also with one that the reader has already.
+    notes = (Note("waiting", 1.0, {}),)
+    first.outboxes.dispatch([TokenEvent(stream.attempt_id, 0, 100, "t0", 0.0, None, notes=notes)])
+    first.step(LIMIT)
+    assert await read == WHOLE
+    assert [(a.number, a.replica_id, a.end) for a in stream.attempts] == [
+        (1, first.name, "moved"),
+        (2, None, "refused"),
+        (3, second.name, "lost"),
+        (4, first.name, ""),
+    ]
+    assert [len(a.notes) for a in stream.attempts] == [0, 0, 0, 1]
+    assert first.submissions[-1].past == ()
 
 
 async def test_nobody_takes_it_and_it_stays(handle, manager):

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tokenflow.replicas.executor import linear
-from tokenflow.replicas.executor.linear import constant_linear, use_constant_linear
+from tokenflow.replicas.executor.linear import (
+    constant_linear,
+    padded_rows,
+    use_constant_linear,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -21,6 +25,13 @@ def test_it_is_the_linear_layer(dtype, bias, rows):
     out = constant_linear(weight, offset)(x)
     assert out.dtype == dtype
     torch.testing.assert_close(out, F.linear(x, weight, offset))
+
+
+def test_products_are_made_for_few_numbers_of_rows():
+    numbers = [padded_rows(n) for n in range(1, 2049)]
+    assert numbers[:16] == list(range(1, 17))
+    assert all(n <= p <= 1.125 * n for n, p in enumerate(numbers, 1))
+    assert len(set(numbers)) == 16 + 7 * 8
 
 
 def test_a_strided_input_is_read_in_its_own_order():

@@ -14,6 +14,7 @@ from tokenflow.replicas.scheduler.capacity import (
     assess,
     capacity,
     reference_rate,
+    sustained,
     unpromised,
 )
 from tokenflow.replicas.scheduler.cost import CostModel
@@ -30,6 +31,17 @@ def test_nothing_known_and_nobody_there_means_no_limit():
     tracker = tracker_of(sequence("a"))
     assert capacity(tracker, CostModel(), 400, 64) == math.inf
     assert capacity(tracker_of(), taught(**LINEAR), 400, 64) == math.inf
+
+
+def test_prompts_that_keep_coming_take_their_part_of_it():
+    cost = taught(**LINEAR, prefill=0.002)
+    second = cost.prefill_s(1)
+    assert sustained(500.0, cost, 0.0) == 500.0
+    assert sustained(500.0, cost, 0.04 / (500.0 * second)) == 500.0, "the load factor covers that"
+    # A second of prefilling for each second of decoding.
+    halved = sustained(500.0, cost, 1.0 / (500.0 * second))
+    assert LOAD_FACTOR * halved == pytest.approx(0.97 * 500.0 / 2)
+    assert sustained(math.inf, cost, 1.0) == math.inf
 
 
 def test_it_is_taken_at_the_context_of_the_average_remaining_token():

@@ -77,3 +77,11 @@ def test_cut_off_outputs_weigh_by_how_long_they_were():
         half.observe(100, ended=True)
         half.observe(50, ended=False)
     assert half.expected(ints(4096), ints(0))[0] == pytest.approx(100, rel=0.25)
+
+
+def test_prompts_count_for_each_output_token():
+    lengths = OutputLengths()
+    assert lengths.prompts_per_output == 0.0
+    lengths.observe(10, ended=True, prompt_tokens=40)
+    lengths.observe(30, ended=False)
+    assert lengths.prompts_per_output == pytest.approx(1.0, rel=0.02)
