@@ -82,6 +82,20 @@ class EngineConfig(BaseModel):
     cpu_threads: int | None = Field(
         default=None, ge=1, description="Torch threads of a CPU replica; null = its share."
     )
+    attention_backend: Literal["auto", "flash_attn", "triton", "sdpa"] = Field(
+        default="auto",
+        description="auto = on a GPU flash_attn where it is installed and block_size is a multiple "
+        "of 256, else triton; on a CPU sdpa.",
+    )
+    decode_graphs: bool | None = Field(
+        default=None,
+        description="Decode by CUDA graphs; null = on a GPU. On a CPU, true pads the batches alike "
+        "(for tests).",
+    )
+    async_scheduling: bool | None = Field(
+        default=None,
+        description="Plan the next step while one runs, a token behind; null = on a GPU.",
+    )
     fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
     tensor_parallel: int = Field(
         default=1,

@@ -12,11 +12,24 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 from tokenflow.replicas.config import EngineConfig
-from tokenflow.replicas.errors import CapacityError, InvalidRequestError
-from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.errors import (
+    CapacityError,
+    ConfigError,
+    InvalidRequestError,
+    StepMemoryError,
+)
+from tokenflow.replicas.executor.base import (
+    AsyncExecutor,
+    Executor,
+    PendingStep,
+    ScheduledSequence,
+    StepResult,
+    TokenLogprobs,
+)
 from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.load import LoadMeter, LoadReport
 from tokenflow.replicas.output import TokenEvent
@@ -40,6 +53,47 @@ _LOWEST_RATE = 1e-3
 _HIGHEST_RATE = 1e6
 
 _PACING_INTERVAL_S = 0.5
+
+
+_CAUTIOUS_STEPS = 64
+"""After so many steps that fit the device, those that follow may be twice as large."""
+
+T = TypeVar("T")
+
+
+class _Share(NamedTuple):
+    """A sequence's part in a step."""
+
+    seq: Sequence
+    tokens: int
+    filled: int
+    """Its full blocks before."""
+    sample: bool
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was handed to the executor."""
+
+    shares: list[_Share]
+    begun: float
+    decodes: int = 0
+    context: int = 0
+    """Tokens of KV that the decoding sequences read."""
+    prefill: int = 0
+
+
+def _launcher(executor: Executor, config: EngineConfig) -> AsyncExecutor | None:
+    """The executor, if it is to run a step ahead. Raises ConfigError when it cannot."""
+    wanted = config.async_scheduling
+    if isinstance(executor, AsyncExecutor):
+        return executor if (executor.overlaps if wanted is None else wanted) else None
+    if wanted:
+        raise ConfigError(
+            f"engine.async_scheduling: a {type(executor).__name__} runs one step after the other; "
+            "leave it out."
+        )
+    return None
 
 
 def check_rate(token_rate: float) -> None:
@@ -109,6 +163,14 @@ class Engine:
         self._next_assessment_s = -math.inf
         self._next_report_s = -math.inf
         self._events: list[TokenEvent] = []
+        self._launcher = _launcher(executor, config)
+        """Set when steps are launched ahead."""
+        self._launched: tuple[_Step, PendingStep] | None = None
+        """A step whose tokens are not known; each sequence in it that runs still has its slot."""
+        self._finished_s = -math.inf
+        self._most_tokens = config.max_batch_tokens
+        self._good_steps = 0
+        """Since the device last had too little memory, or that was made up for in part."""
         self.refresh_stats()
 
     # -- requests -------------------------------------------------------------------------------
@@ -222,9 +284,9 @@ class Engine:
         seq = self._sequences.get(request_id)
         if seq is None:
             return False
-        if not 0 <= tokens <= len(seq.output_ids):
+        if not 0 <= tokens <= seq.drawn:
             raise InvalidRequestError(
-                f"consumed must be between 0 and the {len(seq.output_ids)} tokens of the output so "
+                f"consumed must be between 0 and the {seq.drawn} tokens of the output so "
                 f"far, got {tokens}.",
                 param="consumed",
             )
@@ -253,7 +315,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self.kv.transfers.active > 0
+        return bool(self._sequences or self._launched or self.kv.transfers.active)
 
     @property
     def requests(self) -> list[str]:
@@ -277,12 +339,13 @@ class Engine:
         batch = self._schedule([*plan.batch, *self._back_at_once(plan)])
         self.stats.schedule_seconds += self._clock() - begun
         self._note_load(plan.load, begun)
-        if not (batch or plan.preempt or kv.transfers.active) and self._sequences:
+        moves = plan.preempt or kv.transfers.active or self._launched
+        if not (batch or moves) and self._sequences:
             batch = self._force_progress() if complete else self._whoever_can()
         config = self.config
         if self.policy.write_through and config.write_through and config.offload:
             self._write_through.start(batch)
-        if not batch:
+        if not (batch or self._launched):
             return self.refresh_stats()
         self._run(batch)
         self.refresh_stats()
@@ -383,7 +446,7 @@ class Engine:
             load_queue=transfers.queued(to_host=False),
             block_size=self._block_size,
             max_num_seqs=self.config.max_num_seqs,
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_batch_tokens=self._most_tokens,
             cost=self.cost,
             lengths=self.lengths,
             overlap=self.config.overlap_transfers,
@@ -429,7 +492,7 @@ class Engine:
 
     def _back_at_once(self, plan: Plan) -> list[tuple[Sequence, int]]:
         """Shares of the step for those who were to be loaded, but had nothing to load."""
-        left = self.config.max_batch_tokens - sum(n for _, n in plan.batch)
+        left = self._most_tokens - sum(n for _, n in plan.batch)
         batch = []
         for seq in plan.resume:
             n = min(left, seq.pending_tokens)
@@ -447,7 +510,8 @@ class Engine:
         batch = []
         computing: set[bytes] = set()
         for seq, n in wanted:
-            if seq.state is not State.RUNNING:
+            # The last token of an output may be on its way.
+            if seq.state is not State.RUNNING or seq.remaining_tokens <= 0:
                 continue
             if seq.pending_tokens > 1:
                 kv.reuse(seq)
@@ -479,56 +543,139 @@ class Engine:
             self.kv.resume(oldest)
         if oldest.state is not State.RUNNING:
             return []
-        return self._schedule([(oldest, min(oldest.pending_tokens, self.config.max_batch_tokens))])
+        return self._schedule([(oldest, min(oldest.pending_tokens, self._most_tokens))])
 
     # -- running and handing out ----------------------------------------------------------------
 
     def _run(self, batch: list[tuple[Sequence, int]]) -> None:
-        scheduled = []
+        """Run a step to its end; or, ahead, launch it and take the tokens of the one before, which
+        the device may have begun it without."""
+        if self._launcher is None:
+            run = self._attempt(batch, self.executor.execute)
+            if run is not None:
+                step, result = run
+                now = self._clock()
+                self._advance(step)
+                self._publish(step)
+                self._finish(step, result, now)
+            return
+        launched = self._attempt(batch, self._launcher.launch)
+        self._finish_launched()
+        if launched is not None:
+            # Only now are all tokens known whose KV the step computes.
+            self._advance(launched[0])
+            self._publish(launched[0])
+            self._launched = launched
+
+    def _attempt(
+        self, batch: list[tuple[Sequence, int]], run: Callable[[Seq[ScheduledSequence]], T]
+    ) -> tuple[_Step, T] | None:
+        """Hand the batch, or as much of it as there is memory for, to the executor. None when not
+        even one token can be run; its request has failed then."""
+        while batch:
+            begun = self._clock()
+            scheduled = [self._share(seq, n) for seq, n in batch]
+            try:
+                started = run(scheduled)
+            except StepMemoryError as error:
+                batch = self._less(batch, error)
+                continue
+            self._good_steps += 1
+            if self._good_steps >= _CAUTIOUS_STEPS:
+                self._most_tokens = min(2 * self._most_tokens, self.config.max_batch_tokens)
+                self._good_steps = 0
+            sampled = [s.sample for s in scheduled]
+            shares = [
+                _Share(seq, n, seq.num_computed // self._block_size, sample)
+                for (seq, n), sample in zip(batch, sampled, strict=True)
+            ]
+            return _Step(shares, begun), started
+        return None
+
+    def _less(
+        self, batch: list[tuple[Sequence, int]], error: StepMemoryError
+    ) -> list[tuple[Sequence, int]]:
+        """Half of a step that did not fit the device; steps stay that small for a while."""
+        self.stats.out_of_memory += 1
+        self._good_steps = 0
+        tokens = sum(n for _, n in batch)
+        logger.warning("the device has no memory for a step of %d tokens: %s", tokens, error)
+        if tokens == 1:
+            self._end_early(batch[0][0], FinishReason.ERROR, f"Out of device memory: {error}")
+            return []
+        left = self._most_tokens = tokens // 2
+        kept = []
         for seq, n in batch:
-            start = seq.num_computed
-            sample = start + n == len(seq.tokens)
-            scheduled.append(
-                ScheduledSequence(
-                    slot=seq.slot,
-                    token_ids=seq.tokens[start : start + n],
-                    start=start,
-                    block_ids=seq.block_ids,
-                    sample=sample,
-                    params=seq.params,
-                    prompt_ids=seq.prompt_ids,
-                    output_ids=seq.output_ids,
-                    suppress_ids=self._text[seq.request_id].suppressed_ids if sample else (),
-                )
-            )
-        begun = self._clock()
-        result = self.executor.execute(scheduled)
-        now = self._clock()
+            if left > 0:
+                kept.append((seq, min(n, left)))
+                left -= n
+        return kept
+
+    def _share(self, seq: Sequence, n: int) -> ScheduledSequence:
+        start = seq.num_computed
+        sample = start + n == len(seq.tokens)
+        text = self._text[seq.request_id]
+        return ScheduledSequence(
+            slot=seq.slot,
+            token_ids=seq.tokens[start : start + n],
+            start=start,
+            block_ids=seq.block_ids,
+            sample=sample,
+            params=seq.params,
+            prompt_ids=seq.prompt_ids,
+            output_ids=seq.output_ids,
+            suppress_ids=text.suppressed_ids(seq.awaited) if sample else (),
+        )
+
+    def _advance(self, step: _Step) -> None:
+        """The step was started: from here on its KV counts as computed, and its tokens as drawn."""
         stats = self.stats
-        stats.steps += 1
-        stats.step_seconds += now - begun
-        decodes = prefill = context = 0
-        unix_now = time.time()
-        for (seq, n), token_id, logprobs in zip(
-            batch, result.token_ids, result.logprobs, strict=True
-        ):
+        for seq, n, _, sample in step.shares:
+            if seq.state is State.FINISHED:
+                continue  # by the token that was awaited when the step was launched
             self.tracker.touch(seq)
             if seq.decoding:
-                decodes += 1
-                context += seq.num_computed
+                step.decodes += 1
+                step.context += seq.num_computed
             else:
-                prefill += n
+                step.prefill += n
                 fresh = max(0, min(seq.num_computed + n, len(seq.prompt_ids)) - seq.num_computed)
                 if seq.preemptions or seq.request.resumed_ids:
                     fresh = 0
                 stats.prompt_tokens += fresh
                 stats.recomputed_tokens += n - fresh
-            filled = seq.num_computed // self._block_size
             seq.num_computed += n
-            self.kv.publish(seq, filled, seq.num_computed // self._block_size)
-            if token_id >= 0:
+            if sample and self._launcher is not None:
+                seq.await_token()
+
+    def _publish(self, step: _Step) -> None:
+        """Make known the blocks that a step fills: whoever uses them runs after it."""
+        for seq, _, filled, _ in step.shares:
+            if seq.state is State.RUNNING:
+                self.kv.publish(seq, filled, seq.num_computed // self._block_size)
+
+    def _finish_launched(self) -> None:
+        """Wait for the step that was launched last."""
+        if self._launched is not None:
+            (step, pending), self._launched = self._launched, None
+            result = pending.result()
+            self._finish(step, result, self._clock())
+
+    def _finish(self, step: _Step, result: StepResult, now: float) -> None:
+        """Hand out what a step has drawn. A sequence may have ended since it was launched."""
+        # Launched ahead, it began when the one before ended.
+        seconds = now - max(step.begun, self._finished_s)
+        self._finished_s = now
+        self.stats.steps += 1
+        self.stats.step_seconds += seconds
+        unix_now = time.time()
+        for (seq, *_), token_id, logprobs in zip(
+            step.shares, result.token_ids, result.logprobs, strict=True
+        ):
+            if token_id >= 0 and seq.state is not State.FINISHED:
+                self.tracker.touch(seq)
                 self._take_token(seq, token_id, logprobs, now, unix_now)
-        self.cost.observe_step(decodes, context, prefill, now - begun)
+        self.cost.observe_step(step.decodes, step.context, step.prefill, seconds)
 
     def _take_token(
         self,
@@ -541,7 +688,7 @@ class Engine:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
         # A moved request's figure was told by the replica that drew its first token.
-        cached_tokens = 0 if seq.output_ids else seq.cached_tokens
+        cached_tokens = 0 if seq.drawn else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
@@ -564,7 +711,7 @@ class Engine:
         self._events.append(
             TokenEvent(
                 seq.request_id,
-                len(seq.output_ids),
+                seq.drawn,
                 -1,
                 "",
                 time.time(),
@@ -584,7 +731,7 @@ class Engine:
         del self._text[seq.request_id]
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
-        self.lengths.observe(len(seq.output_ids), ended=reason is FinishReason.STOP)
+        self.lengths.observe(seq.drawn, ended=reason is FinishReason.STOP)
         if seq.elastic:
             # Nobody reads along: every token counts, and no pause is seen.
             stats.effective_tokens += len(seq.buffers)

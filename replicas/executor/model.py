@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tokenflow.replicas.errors import CheckpointError
-from tokenflow.replicas.executor.attention import AttentionBatch, paged_attention
+from tokenflow.replicas.executor.attention.base import AttentionBatch
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.parallel.sharding import Shard, fill
 from tokenflow.replicas.executor.shapes import is_shape, shape_config
@@ -48,13 +48,8 @@ def _attention(
     assert CURRENT.batch is not None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out = paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        layer,
-        CURRENT.batch,
-        scale,
+    out = CURRENT.batch.attend(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), layer, scale
     )
     return out[None], None
 
@@ -114,25 +109,21 @@ def _unloadable(spec: ModelSpec, error: Exception) -> CheckpointError:
     )
 
 
-def forward(
-    model: Any,
-    token_ids: torch.Tensor,
-    positions: torch.Tensor,
-    batch: AttentionBatch,
-    sample_rows: torch.Tensor,
+def hidden_states(
+    model: Any, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch
 ) -> torch.Tensor:
-    """Logits float32 `[rows, vocab]` of the packed batch at `sample_rows`.
-
-    token_ids and positions int64 `[tokens]`; sample_rows int64 indices into them.
-    """
+    """`[tokens, hidden]` of the packed batch; token_ids and positions int64 `[tokens]`."""
     CURRENT.batch = batch
     try:
-        hidden = model.model(
+        hidden: torch.Tensor = model.model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False
         ).last_hidden_state[0]
-        if sample_rows.numel() == 0:
-            return hidden.new_empty((0, model.config.vocab_size), dtype=torch.float32)
-        logits: torch.Tensor = model.lm_head(hidden.index_select(0, sample_rows))
-        return logits.float()
+        return hidden
     finally:
         CURRENT.batch = None
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """float32 `[rows, vocab]` of hidden states `[rows, hidden]`."""
+    logits: torch.Tensor = model.lm_head(hidden)
+    return logits.float()

@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,8 +24,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tokenflow.replicas.errors import CheckpointError, KVStoreError, TokenFlowError
-from tokenflow.replicas.executor.base import CopyDone, ScheduledSequence, StepResult
+from tokenflow.replicas.errors import CheckpointError, KVStoreError, StepMemoryError, TokenFlowError
+from tokenflow.replicas.executor.base import (
+    CopyDone,
+    PendingStep,
+    ScheduledSequence,
+    StepResult,
+)
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.parallel import worker
 from tokenflow.replicas.executor.parallel.sharding import Shard
@@ -55,7 +62,7 @@ class ParallelExecutor:
         """Start the other ranks and load the model on all; on `ranks` GPUs from the first on, or
         `ranks` times on the CPU. `options` as of TorchExecutor, for each rank.
 
-        Raises CheckpointError.
+        Raises CheckpointError or RankLostError.
         """
         self.layout = spec.kv_layout(block_size)
         self.num_blocks = num_blocks
@@ -79,20 +86,47 @@ class ParallelExecutor:
             self._own = make_executor(first)
             for other in self._workers:
                 other.wait_until_loaded()
-        except BaseException:
-            self._end()
+        except BaseException as error:
+            try:
+                if isinstance(error, RuntimeError):  # of a rank that others have waited for
+                    self._raise_if_lost()
+            finally:
+                self._end()
             raise
 
+    @property
+    def overlaps(self) -> bool:
+        return self._own.overlaps
+
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
-        """Raises RankLostError when another rank has ended."""
-        message = pickle.dumps([_abridged(s, self.layout.block_size) for s in batch], 5)
+        """Raises RankLostError when another rank has ended, or this one has no memory for the step:
+        the others are in the midst of it then."""
+        self._send(batch, ahead=False)
+        with self._together():
+            return self._own.execute(batch)
+
+    def launch(self, batch: Seq[ScheduledSequence]) -> PendingStep:
+        """Raises as `execute`."""
+        self._send(batch, ahead=True)
+        with self._together():
+            return self._own.launch(batch)
+
+    def _send(self, batch: Seq[ScheduledSequence], *, ahead: bool) -> None:
+        abridged = [_abridged(s, self.layout.block_size) for s in batch]
+        message = pickle.dumps((ahead, abridged), 5)
         for other in self._workers:
             other.send_bytes(message)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
         try:
-            return self._own.execute(batch)
+            yield
+        except StepMemoryError as error:
+            raise RankLostError(
+                f"rank 0 of the tensor-parallel model has no memory for a step: {error}"
+            ) from error
         except Exception:
-            for other in self._workers:
-                other.raise_if_lost()
+            self._raise_if_lost()
             raise
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
@@ -107,6 +141,10 @@ class ParallelExecutor:
     def close(self) -> None:
         self._own.close()
         self._end()
+
+    def _raise_if_lost(self) -> None:
+        for other in self._workers:
+            other.raise_if_lost()
 
     def _end(self) -> None:
         for other in self._workers:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tokenflow.replicas.executor.base import ScheduledSequence
@@ -46,6 +47,8 @@ def join_group(settings: RankSettings) -> None:
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     shard = settings.shard
+    if settings.device != "cpu":
+        torch.cuda.set_device(settings.device)
     dist.init_process_group(
         "gloo" if settings.device == "cpu" else "nccl",
         store=dist.FileStore(settings.store, shard.size),
@@ -63,17 +66,24 @@ def make_executor(settings: RankSettings) -> TorchExecutor:
 
 
 def serve(pipe: Connection) -> None:
-    """Repeat steps until the parent closes its end. The first message is `RankSettings`, every
-    other one a batch; the answer is None once, when the model is loaded, or at any time the text of
-    an error, and then nothing more."""
+    """Repeat steps until the parent closes its end.
+
+    The first message is `RankSettings`, every other one a batch and whether to launch it ahead. The
+    answer is None once, when the model is loaded, or at any time the text of an error, and then
+    nothing more.
+    """
     try:
         settings: RankSettings = pipe.recv()
         join_group(settings)
         executor = make_executor(settings)
         pipe.send(None)
         while True:
-            batch: list[ScheduledSequence] = pipe.recv()
-            executor.execute(batch)
+            step: tuple[bool, list[ScheduledSequence]] = pipe.recv()
+            ahead, batch = step
+            if ahead:
+                executor.launch(batch)
+            else:
+                executor.execute(batch)
     except EOFError:
         return
     except Exception as error:

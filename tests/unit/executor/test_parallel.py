@@ -20,8 +20,8 @@ from tokenflow.replicas.executor.parallel.sharding import Shard
 from tokenflow.replicas.factory import build_engine, build_executor, inspect_model, plan_blocks
 from tokenflow.replicas.scheduler.registry import make_policy
 
-LENGTHS = (3, 40, 17, 64, 1, 33)
-TOKENS = 16
+LENGTHS = (3, 40, 17, 90, 1, 64, 33, 5)
+TOKENS = 24
 
 
 def prompts() -> list[list[int]]:
@@ -72,7 +72,7 @@ def parallel(spec, *, blocks, fuse=True) -> ParallelExecutor:
 def test_two_ranks_draw_the_tokens_of_one(family, changes, fuse, tmp_path):
     path = make_checkpoint(tmp_path / family, family, **changes)
     spec = inspect_checkpoint(path)
-    executor = parallel(spec, blocks=16, fuse=fuse)
+    executor = parallel(spec, blocks=30, fuse=fuse)
     try:
         greedy = [make_request(f"{i}", p, TOKENS, rate=0.5) for i, p in enumerate(prompts())]
         engine = engine_on(executor, spec, "fcfs")
