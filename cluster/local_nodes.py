@@ -23,8 +23,7 @@ class LocalNodes:
         self._cluster = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 0})
         self._nodes: dict[str, Any] = {}
         for _ in range(count):
-            node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-            self._nodes[node.node_id] = node
+            self.add()
 
     @property
     def address(self) -> str:
@@ -37,6 +36,22 @@ class LocalNodes:
         """Of the nodes that live, without the head."""
         return list(self._nodes)
 
+    def add(self) -> str:
+        """Start one more; its id."""
+        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        self._nodes[node.node_id] = node
+        node_id: str = node.node_id
+        return node_id
+
+    def workers(self, node_id: str) -> set[int]:
+        """The processes that Ray runs actors and tasks in there. Raises KeyError."""
+        raylets = {info.process.pid for info in self._nodes[node_id].all_processes["raylet"]}
+        return {
+            int(folder.name)
+            for folder in Path("/proc").iterdir()
+            if folder.name.isdigit() and _parent(folder) in raylets
+        }
+
     def kill(self, node_id: str) -> None:
         """End a node's processes without a warning, as a power cut would. Raises KeyError for one
         that is not there."""
@@ -46,3 +61,10 @@ class LocalNodes:
         """End all of them; after `ray.shutdown`."""
         self._nodes.clear()
         self._cluster.shutdown()
+
+
+def _parent(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None  # it has just ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,29 @@ def _skipped_ids(tokenizer: Any) -> frozenset[int]:
     return ids
 
 
+def _decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """`tokenizer.decode` without cleaning up; straight from the library behind it where nothing is
+    added on the way, which takes a quarter of the time."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    if (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerBase.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+    ):
+        direct: Callable[..., str] = tokenizer.backend_tokenizer.decode
+        return lambda ids: direct(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    return decode
+
+
 class IncrementalDetokenizer:
     """Turns one stream of token ids into text deltas.
 
@@ -30,14 +54,10 @@ class IncrementalDetokenizer:
     decodings over a short window, taken only where the text does not end in a broken character.
     """
 
-    __slots__ = ("_ids", "_options", "_prefix", "_read", "_shown", "_skip", "_tokenizer")
+    __slots__ = ("_decode", "_ids", "_prefix", "_read", "_shown", "_skip")
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._options = {
-            "skip_special_tokens": skip_special_tokens,
-            "clean_up_tokenization_spaces": False,
-        }
+        self._decode = _decoder(tokenizer, skip_special_tokens)
         # A window that began with a skipped token would lose the space of the word after it.
         self._skip = _skipped_ids(tokenizer) if skip_special_tokens else frozenset()
         self._ids: list[int] = []
@@ -47,17 +67,13 @@ class IncrementalDetokenizer:
         self._shown = 0
         """Characters of the window's text that have been given out."""
 
-    def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:end], **self._options)
-        return text
-
     def add(self, token_id: int) -> str:
         """Take the next id; returns the text that became final, possibly none."""
         if token_id in self._skip:
             return ""
         self._ids.append(token_id)
         end = len(self._ids)
-        window = self._decode(self._prefix, end)
+        window = self._decode(self._ids[self._prefix : end])
         if not window.endswith(_REPLACEMENT):
             delta = window[self._shown :]
             self._move(self._read, end)
@@ -72,11 +88,11 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """The rest, broken characters included."""
         end = len(self._ids)
-        delta = self._decode(self._prefix, end)[self._shown :]
+        delta = self._decode(self._ids[self._prefix : end])[self._shown :]
         self._move(self._read, end)
         return delta
 
     def _move(self, prefix: int, read: int) -> None:
         """Start the window at `prefix`; its text up to `read` is done with."""
         self._prefix, self._read = prefix, read
-        self._shown = len(self._decode(prefix, read))
+        self._shown = len(self._decode(self._ids[prefix:read]))

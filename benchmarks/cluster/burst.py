@@ -2,19 +2,23 @@
 
 Every repeat serves the cluster once per router, in turns, warms it up and sends the same burst of
 skewed requests at one moment. `power-of-two` is Ray Serve's default rule, here with exact counts of
-unfinished streams, which Serve itself does not have for streams that are carried in frames.
+unfinished streams, which Serve itself does not have for streams that are carried in frames. With
+--share every replica has that much of a processor and no more, as on a machine of its own; without,
+one that has nothing to do leaves its time to the others, whatever the router did.
 
-Run: python benchmarks/cluster/burst.py [--repeats N] [--routers NAMES] [--json FILE]
+Run: python benchmarks/cluster/burst.py [--repeats N] [--routers NAMES] [--share X] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from statistics import mean
 from typing import Any
 
-from bursts import asks, send, warm_up, write
+from bursts import asks, pids, send, warm_up, write
+from shares import processor_shares
 
 from tokenflow.cluster.config import load_config
 from tokenflow.cluster.local import LocalCluster, free_port
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--routers", default="burst,power-of-two")
     parser.add_argument("--rate", type=float, default=20.0, help="tokens/s of every reader")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--share", type=float, help="processors of each replica")
     parser.add_argument("--json")
     args = parser.parse_args()
     routers = args.routers.split(",")
@@ -66,9 +71,12 @@ def main() -> None:
                 cluster.serve(load_config(None, {**overrides, "replicas.router": router}))
                 seed = args.seed + repeat
                 target = cluster.grpc_target
-                warm_up(target, args.replicas, token_rate=args.rate, seed=seed + 1000)
-                burst = asks([0.0] * args.requests, seed=seed, token_rate=args.rate)
-                run = figures(asyncio.run(send(target, burst)))
+                with contextlib.ExitStack() as stack:
+                    if args.share:
+                        stack.enter_context(processor_shares(pids("replica"), args.share))
+                    warm_up(target, args.replicas, token_rate=args.rate, seed=seed + 1000)
+                    burst = asks([0.0] * args.requests, seed=seed, token_rate=args.rate)
+                    run = figures(asyncio.run(send(target, burst)))
                 runs.append({"repeat": repeat, "router": router, **run})
                 print(
                     f"{repeat} {router:15} TTFT mean {run['ttft_mean_s']:.2f} s, P50 "

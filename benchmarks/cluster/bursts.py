@@ -76,6 +76,20 @@ def warm_up(address: str, replicas: int, *, token_rate: float, seed: int) -> Non
         raise SystemExit(f"the warm-up failed: {failed[0]}")
 
 
+def pids(role: str) -> list[int]:
+    """The processes of this machine's cluster in that role: `replica` or `ingress`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and (folder / "cmdline").read_text().startswith(
+                f"ray::ServeReplica:tokenflow:{role}"
+            ):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
 def report(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures with what made them."""
     return {

@@ -4,7 +4,8 @@ Load over HTTP and gRPC, every request resumable and with a seed; in turn and th
 replica, the store's actor, an ingress, HAProxy, Serve's controller and (with --nodes 2) a whole
 node are killed. Clients come back when their connection breaks. Printed, and written with --json:
 the kills, the streams, tokens lost, repeated or out of order, streams whose text differs or which
-found no end, and the pauses at the readers after the death of a replica beside which another lived.
+found no end, and the pauses at the readers after each kind of kill. What is killed leaves a replica
+and an ingress that have been there for a while: streams live on only where an ingress does.
 
 Run: python -m benchmarks.cluster.kill --json benchmarks/results/cluster-kill.json
 """
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -30,6 +32,7 @@ import httpx
 from tests.support.sse import Reading, go_on, read
 from tokenflow.cluster.config import ClusterConfig, load_config
 from tokenflow.cluster.local import LocalCluster, free_port
+from tokenflow.cluster.local_nodes import LocalNodes
 from tokenflow.cluster.rpc import inference_pb2 as pb
 from tokenflow.cluster.rpc.stub import InferenceStub
 
@@ -39,12 +42,13 @@ TITLES = {
     "ingress": "ray::ServeReplica:tokenflow:ingress",
     "controller": "ray::ServeController",
 }
+NEEDED = ("replica", "ingress")
 PROMPTS = [f"Chapter {i}. It was late in the year, and the house was quiet when" for i in range(4)]
 RETRY_S = 0.1
 PATIENCE_S = 90.0
 """Without anything new for so long a stream counts as ended early."""
-AFTERMATH_S = 10.0
-"""A pause that begins within this time of a replica's death is put down to it."""
+STANDBY_S = 20.0
+"""A process that has been there for so long is ready to serve."""
 
 
 @dataclass
@@ -209,18 +213,19 @@ def _check_patience(heard: float, error: BaseException) -> None:
 class Killer:
     """Ends processes of the cluster that this process is connected to."""
 
-    def __init__(self, cluster: Any, seed: int, kinds: list[str]) -> None:
+    def __init__(self, nodes: LocalNodes | None, seed: int, kinds: list[str]) -> None:
         self._kinds = kinds
-        self._cluster = cluster
-        self._node: Any = cluster.add_node(num_cpus=8) if cluster is not None else None
+        self._nodes = nodes
         self._rng = random.Random(seed)
+        self._seen: dict[int, float] = {}
+        """When each replica's and ingress's process was seen first."""
         self.kills: list[tuple[float, str]] = []
 
     @property
     def kinds(self) -> list[str]:
         if self._kinds:
             return self._kinds
-        return [*TITLES, "proxy"] + (["node"] if self._cluster is not None else [])
+        return [*TITLES, "proxy"] + (["node"] if self._nodes is not None else [])
 
     def pids(self, kind: str) -> list[int]:
         import ray
@@ -234,19 +239,35 @@ class Killer:
         return [pid for pid, text in found.items() if text.startswith(TITLES[kind])]
 
     def kill(self, kind: str) -> bool:
-        """False when there is nothing that may be killed: of replicas one has to remain."""
+        """False when there is nothing that may be killed now."""
+        now = time.monotonic()
+        known = {role: self.pids(role) for role in NEEDED}
+        self._seen = {p: self._seen.get(p, now) for pids in known.values() for p in pids}
         if kind == "node":
-            self._cluster.remove_node(self._node, allow_graceful=False)
-            self._node = self._cluster.add_node(num_cpus=8)
+            assert self._nodes is not None
+            node_id = self._nodes.node_ids[-1]
+            going = self._nodes.workers(node_id)
         else:
             pids = self.pids(kind)
-            if len(pids) < 1 + (kind == "replica"):
+            if not pids:
                 return False
-            os.kill(self._rng.choice(pids), signal.SIGKILL)
-        self.kills.append((time.monotonic(), kind))
+            going = {self._rng.choice(pids)}
+        for pids in known.values():
+            warm = [pid for pid in pids if now - self._seen[pid] >= STANDBY_S]
+            if going.intersection(pids) and going.issuperset(warm):
+                return False
+        self.kills.append((now, kind))
+        if kind == "node":
+            assert self._nodes is not None
+            self._nodes.kill(node_id)
+            self._nodes.add()
+        else:
+            os.kill(going.pop(), signal.SIGKILL)
         return True
 
     async def run(self, duration_s: float, every_s: float) -> None:
+        # Those that are there have served already.
+        self._seen = {pid: -math.inf for role in NEEDED for pid in self.pids(role)}
         end = time.monotonic() + duration_s
         turn = 0
         while time.monotonic() < end - every_s:
@@ -259,26 +280,37 @@ class Killer:
             await asyncio.sleep(every_s)
 
 
-def pauses_after(deaths: list[float], arrivals: list[list[float]]) -> list[float]:
-    """The longest gap in each stream that a death fell into, or that began soon after one."""
-    pauses = []
-    for at in deaths:
+def pauses_after(kills: list[tuple[float, str]], arrivals: list[list[float]]) -> dict[str, Any]:
+    """By kind of kill, over the streams that one fell into: the longest gap in which it lies or
+    which begins before the next kill, seconds."""
+    pauses: dict[str, list[float]] = {}
+    ends = [at for at, _ in kills[1:]] + [math.inf]
+    for (at, kind), end in zip(kills, ends, strict=True):
         for times in arrivals:
             if len(times) > 1 and times[0] < at < times[-1]:
                 gaps = itertools.pairwise(times)
-                pauses.append(max(b - a for a, b in gaps if b > at and a < at + AFTERMATH_S))
-    return sorted(pauses)
+                longest = max(b - a for a, b in gaps if b > at and a < end)
+                pauses.setdefault(kind, []).append(longest)
+    return {
+        kind: {
+            "streams": len(values),
+            "p50": quantile(sorted(values), 0.5),
+            "p99": quantile(sorted(values), 0.99),
+            "max": quantile(sorted(values), 1.0),
+        }
+        for kind, values in pauses.items()
+    }
 
 
 def quantile(values: list[float], share: float) -> float | None:
     return round(values[min(len(values) - 1, int(share * len(values)))], 3) if values else None
 
 
-async def measure(server: LocalCluster, cluster: Any, options: argparse.Namespace) -> dict:
+async def measure(server: LocalCluster, options: argparse.Namespace) -> dict:
     clients = Clients(
         server.url, server.grpc_target, server.config.model.name, options.tokens, options.rate
     )
-    killer = Killer(cluster, options.seed, options.kinds)
+    killer = Killer(server.nodes, options.seed, options.kinds)
     load = asyncio.create_task(clients.run(options.http, options.grpc))
     await clients.warm.wait()
     await asyncio.sleep(5)
@@ -286,8 +318,6 @@ async def measure(server: LocalCluster, cluster: Any, options: argparse.Namespac
     clients.stopping = True
     await load
     tally = clients.tally
-    deaths = [at for at, kind in killer.kills if kind == "replica"]
-    pauses = pauses_after(deaths, tally.arrivals)
     return {
         "duration_s": options.duration,
         "kills": {kind: sum(k == kind for _, k in killer.kills) for kind in killer.kinds},
@@ -298,12 +328,7 @@ async def measure(server: LocalCluster, cluster: Any, options: argparse.Namespac
         "streams_that_differ": tally.different,
         "streams_without_end": tally.unended,
         "problems": tally.problems[:20],
-        "pauses_after_a_replicas_death_s": {
-            "streams": len(pauses),
-            "p50": quantile(pauses, 0.5),
-            "p99": quantile(pauses, 0.99),
-            "max": quantile(pauses, 1.0),
-        },
+        "pauses_after_kills_s": pauses_after(killer.kills, tally.arrivals),
     }
 
 
@@ -338,23 +363,9 @@ def main() -> int:
     # Ray reads these when it is imported.
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
     os.environ.setdefault("RAY_ADDRESS", "local")
-    server = LocalCluster(configuration())
-    cluster = None
-    if options.nodes == 2:
-        from ray.cluster_utils import Cluster
-
-        server.prepare()
-        Path("/tmp/ray").mkdir(exist_ok=True)
-        head = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 128 << 20}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        os.environ["RAY_ADDRESS"] = cluster.address
-    try:
-        with server:
-            server.serve()
-            result = asyncio.run(measure(server, cluster, options))
-    finally:
-        if cluster is not None:
-            cluster.shutdown()
+    with LocalCluster(configuration(), nodes=options.nodes if options.nodes > 1 else 0) as server:
+        server.serve()
+        result = asyncio.run(measure(server, options))
     text = json.dumps(result, indent=2)
     print(text)
     if options.json:

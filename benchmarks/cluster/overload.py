@@ -2,22 +2,26 @@
 
 First the capacity is measured with a backlog that keeps all replicas busy, then requests come at
 `--times` that, at random times. Reported: anonymous memory of every replica and ingress over time,
-stalls of the streams that were accepted, and how long a refusal takes.
+stalls of the streams that were accepted, and how long a refusal takes. With --share every replica
+has that much of a processor and no more, so that those who send and those who refuse do not take
+from the capacity that was measured.
 
-Run: python benchmarks/cluster/overload.py [--duration S] [--times X] [--json FILE]
+Run: python benchmarks/cluster/overload.py [--duration S] [--times X] [--share X] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bursts import asks, send, warm_up, write
+from bursts import asks, pids, send, warm_up, write
+from shares import processor_shares
 
 from tokenflow.cluster.config import load_config
 from tokenflow.cluster.local import LocalCluster, free_port
@@ -29,18 +33,12 @@ REFUSED = "RESOURCE_EXHAUSTED"
 def memory_mib() -> dict[str, float]:
     """Anonymous memory of the processes of this machine's cluster, by role and pid."""
     found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            title = (folder / "cmdline").read_text().strip("\0")
-            status = (folder / "status").read_text()
-        except OSError:
-            continue
-        for role in ("replica", "ingress"):
-            if title.startswith(f"ray::ServeReplica:tokenflow:{role}"):
+    for role in ("replica", "ingress"):
+        for pid in pids(role):
+            with contextlib.suppress(OSError):  # it has just ended
+                status = Path(f"/proc/{pid}/status").read_text()
                 line = next(x for x in status.splitlines() if x.startswith("RssAnon"))
-                found[f"{role} {folder.name}"] = int(line.split()[1]) / 1024
+                found[f"{role} {pid}"] = int(line.split()[1]) / 1024
     return found
 
 
@@ -96,6 +94,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rate", type=float, default=20.0, help="tokens/s of every reader")
     parser.add_argument("--max-ttft", type=float, default=10.0, help="the bound of admission, s")
+    parser.add_argument("--share", type=float, help="processors of each replica")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -110,11 +109,17 @@ def main() -> None:
         "limits.max_predicted_ttft_s": args.max_ttft,
     }
     with LocalCluster(load_config(None, {**overrides, "limits.max_predicted_ttft_s": None})) as own:
+        stack = contextlib.ExitStack()
         own.serve()
+        if args.share:
+            stack.enter_context(processor_shares(pids("replica"), args.share))
         warm_up(own.grpc_target, args.replicas, token_rate=args.rate, seed=args.seed + 1000)
         capacity = capacity_tok_s(own.grpc_target, args.seed, 100 * args.replicas, args.rate)
         print(f"capacity {capacity:.0f} tok/s", flush=True)
+        stack.close()
         own.serve(load_config(None, overrides))
+        if args.share:
+            stack.enter_context(processor_shares(pids("replica"), args.share))
         warm_up(own.grpc_target, args.replicas, token_rate=args.rate, seed=args.seed + 1000)
         rng = random.Random(args.seed)
         sample = asks([0.0] * 1000, seed=args.seed, token_rate=args.rate)
@@ -134,7 +139,8 @@ def main() -> None:
             finally:
                 watcher.cancel()
 
-        figures = summary(asyncio.run(run()))
+        with stack:
+            figures = summary(asyncio.run(run()))
     grown = growth(samples)
     print(f"offered {per_s:.1f} requests/s, {args.times:g} times the capacity")
     for name, value in figures.items():
