@@ -49,6 +49,7 @@ class Setup:
         dtype: str = "float32",
         seed: int = 0,
         backend: Callable[[KVPool, int | None], AttentionBackend] = SdpaAttention,
+        device: torch.device = CPU,
     ) -> None:
         """`lengths`: (tokens in the pool, tokens of this step) of each sequence, those that decode
         last. One token after a context decodes."""
@@ -58,7 +59,8 @@ class Setup:
         self.scale = head_dim**-0.5
         needed = [-(-(context + chunk) // block_size) for context, chunk in lengths]
         layout = KVLayout(LAYERS, block_size, kv_heads, head_dim, dtype)
-        self.pool = KVPool(layout, sum(needed) + 5, CPU)
+        self.device = device
+        self.pool = KVPool(layout, sum(needed) + 5, device)
         # What an earlier owner left behind must not be seen.
         self.pool.data.copy_(self.normal(*self.pool.data.shape) * 50)
         self.backend = backend(self.pool, window)
@@ -112,23 +114,23 @@ class Setup:
     def run(self, layer: int = 1) -> torch.Tensor:
         self.fill_context(layer)
         query, key, value = (
-            torch.cat([getattr(s, name)[s.context :] for s in self.sequences])
+            torch.cat([getattr(s, name)[s.context :] for s in self.sequences]).to(self.device)
             for name in ("query", "key", "value")
         )
         batch = self.backend.prepare(self.step())
-        return batch.attend(query, key, value, layer, self.scale)
+        return batch.attend(query, key, value, layer, self.scale).cpu()
 
     def decode(self, layer: int = 1) -> torch.Tensor:
         """As `run`, of decoding sequences, from device memory alone as in a graph."""
         self.fill_context(layer)
         query, key, value = (
-            torch.stack([getattr(s, name)[-1] for s in self.sequences])
+            torch.stack([getattr(s, name)[-1] for s in self.sequences]).to(self.device)
             for name in ("query", "key", "value")
         )
-        positions = torch.tensor([s.context for s in self.sequences])
-        tables = torch.from_numpy(self.step().block_tables)
+        positions = torch.tensor([s.context for s in self.sequences]).to(self.device)
+        tables = torch.from_numpy(self.step().block_tables).to(self.device)
         batch = self.backend.prepare_decode(positions, tables)
-        return batch.attend(query, key, value, layer, self.scale)
+        return batch.attend(query, key, value, layer, self.scale).cpu()
 
     def expected(self) -> torch.Tensor:
         return torch.cat([plain_attention(s, self.scale, self.window) for s in self.sequences])

@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,8 +24,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tokenflow.replicas.errors import CheckpointError, KVStoreError, TokenFlowError
-from tokenflow.replicas.executor.base import CopyDone, ScheduledSequence, StepResult
+from tokenflow.replicas.errors import CheckpointError, KVStoreError, StepMemoryError, TokenFlowError
+from tokenflow.replicas.executor.base import (
+    CopyDone,
+    PendingStep,
+    ScheduledSequence,
+    StepResult,
+)
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.parallel import worker
 from tokenflow.replicas.executor.parallel.sharding import Shard
@@ -87,13 +94,37 @@ class ParallelExecutor:
                 self._end()
             raise
 
+    @property
+    def overlaps(self) -> bool:
+        return self._own.overlaps
+
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
-        """Raises RankLostError when another rank has ended."""
-        message = pickle.dumps([_abridged(s, self.layout.block_size) for s in batch], 5)
+        """Raises RankLostError when another rank has ended, or this one has no memory for the step:
+        the others are in the midst of it then."""
+        self._send(batch, ahead=False)
+        with self._together():
+            return self._own.execute(batch)
+
+    def launch(self, batch: Seq[ScheduledSequence]) -> PendingStep:
+        """Raises as `execute`."""
+        self._send(batch, ahead=True)
+        with self._together():
+            return self._own.launch(batch)
+
+    def _send(self, batch: Seq[ScheduledSequence], *, ahead: bool) -> None:
+        abridged = [_abridged(s, self.layout.block_size) for s in batch]
+        message = pickle.dumps((ahead, abridged), 5)
         for other in self._workers:
             other.send_bytes(message)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
         try:
-            return self._own.execute(batch)
+            yield
+        except StepMemoryError as error:
+            raise RankLostError(
+                f"rank 0 of the tensor-parallel model has no memory for a step: {error}"
+            ) from error
         except Exception:
             self._raise_if_lost()
             raise

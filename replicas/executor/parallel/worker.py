@@ -66,17 +66,24 @@ def make_executor(settings: RankSettings) -> TorchExecutor:
 
 
 def serve(pipe: Connection) -> None:
-    """Repeat steps until the parent closes its end. The first message is `RankSettings`, every
-    other one a batch; the answer is None once, when the model is loaded, or at any time the text of
-    an error, and then nothing more."""
+    """Repeat steps until the parent closes its end.
+
+    The first message is `RankSettings`, every other one a batch and whether to launch it ahead. The
+    answer is None once, when the model is loaded, or at any time the text of an error, and then
+    nothing more.
+    """
     try:
         settings: RankSettings = pipe.recv()
         join_group(settings)
         executor = make_executor(settings)
         pipe.send(None)
         while True:
-            batch: list[ScheduledSequence] = pipe.recv()
-            executor.execute(batch)
+            step: tuple[bool, list[ScheduledSequence]] = pipe.recv()
+            ahead, batch = step
+            if ahead:
+                executor.launch(batch)
+            else:
+                executor.execute(batch)
     except EOFError:
         return
     except Exception as error:
