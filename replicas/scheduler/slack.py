@@ -222,6 +222,9 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
+        favoured = self.outlook.favoured[rows]
+        if favoured.any():
+            rows = rows[np.argsort(~favoured, kind="stable")]
         self.plan.batch = compose_batch(self.view, rows, prefill_tokens=self._chunk(rows))
         return self.plan
 
@@ -232,6 +235,11 @@ class _Pass:
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
+        favoured = self.outlook.favoured
+        if favoured.any() and not favoured[rows[~decoding]].any():
+            # One of them that comes now has the step of the others to wait for.
+            decode_s = cost.step_s(int(decoding.sum()), float(self.context[rows[decoding]].sum()))
+            return max(int(decode_s / per_token), self.view.block_size)
         rows = rows[decoding]
         hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
         readers = rows[hurried]
