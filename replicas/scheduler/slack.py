@@ -416,9 +416,8 @@ class _Pass:
             needs = view.blocks_needed(new).tolist()
             yield from zip(new.tolist(), needs, [False] * len(new), strict=True)
             waiting = waiting[~np.isin(waiting, new)]
-            rows, slack, parked, late, urgent = (
-                column[~first] for column in (rows, slack, parked, late, urgent)
-            )
+            rows, slack, urgent = rows[~first], slack[~first], urgent[~first]
+            parked, late = parked[~first], late[~first]
         yield from self._in_turn(rows[urgent])
         idle = waiting[self.tracker.paused[waiting]]
         if len(waiting) > len(idle):
