@@ -9,6 +9,7 @@ Sheng et al., VTC, OSDI 2024. Ours counts what is there now and remembers nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -40,4 +41,17 @@ def fair_share(demands: Iterable[float], total: float) -> float:
         if demand > equal:
             return equal
         left -= demand
-    return float("inf")
+    return math.inf
+
+
+def modest(
+    tenant: NDArray[np.int64], wants: NDArray[np.float64], total: float
+) -> NDArray[np.bool_]:
+    """Whose tenant wants no more than its fair share of `total`, where there is not enough for all;
+    nobody where there is. All shapes [requests]."""
+    sums = np.bincount(tenant, weights=wants)
+    share = fair_share(sums[sums > 0].tolist(), total)
+    if share == math.inf:
+        return np.zeros(len(tenant), bool)
+    found: NDArray[np.bool_] = sums[tenant] <= share
+    return found

@@ -14,8 +14,9 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    with so much left that it would end alone, after all others, runs first (*late*).
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
-   several tenants each is promised its share (fairness.py), and whoever is parked leaves at once
-   for one who is not.
+   several tenants each is promised its share (fairness.py). Where memory is short, the streams of
+   a tenant that asks for no more than its share of it are *favoured*: they come first, and those
+   of the others leave at once for them.
 5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
    more than can be promised do prompts get most of the device all the same.
 
@@ -45,6 +46,7 @@ from tokenflow.replicas.scheduler.capacity import (
     sustained,
     unpromised,
 )
+from tokenflow.replicas.scheduler.fairness import modest
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
@@ -103,6 +105,10 @@ class _Outlook:
         self.late: BoolArray = np.zeros(len(tracker), bool)
         self.parked: BoolArray = self.late
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
+        self.favoured: BoolArray = self.late
+        if tracker.shared_by_tenants:
+            wants = (tracker.context + np.maximum(self.remaining, 0)) * ~tracker.paused
+            self.favoured = modest(tracker.tenant, wants.astype(np.float64), view.kv_tokens)
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
@@ -110,6 +116,7 @@ class _Outlook:
         parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
         if parked is not None:
             self.parked = parked
+            self.favoured = self.favoured & ~parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
@@ -161,7 +168,7 @@ class _Victim(NamedTuple):
 
 class _Victims:
     """Streams that can leave, the first in line first; each is looked at closely when it goes. Last
-    come those that `yields`: who is beyond its tenant's share leaves only for one who is not."""
+    come those that `yields`: they leave for favoured ones only."""
 
     def __init__(self, view: View, rests: IntArray, yields: IntArray, outlook: _Outlook) -> None:
         self.view = view
@@ -215,6 +222,9 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
+        favoured = self.outlook.favoured[rows]
+        if favoured.any():
+            rows = rows[np.argsort(~favoured, kind="stable")]
         self.plan.batch = compose_batch(self.view, rows, prefill_tokens=self._chunk(rows))
         return self.plan
 
@@ -225,6 +235,11 @@ class _Pass:
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
+        favoured = self.outlook.favoured
+        if favoured.any() and not favoured[rows[~decoding]].any():
+            # One of them that comes now has the step of the others to wait for.
+            decode_s = cost.step_s(int(decoding.sum()), float(self.context[rows[decoding]].sum()))
+            return max(int(decode_s / per_token), self.view.block_size)
         rows = rows[decoding]
         hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
         readers = rows[hurried]
@@ -307,8 +322,10 @@ class _Pass:
         unsynced = blocks - self.view.released_now(rows)
         leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
         rests = rows[leaves][np.argsort(-slack[leaves], kind="stable")]
-        yields = self.outlook.parked[rows] & stayed & (self.pending[rows] == 1) & ~leaves
-        yields &= tracker.shared_by_tenants
+        favoured = self.outlook.favoured
+        if not favoured.any():
+            return _Victims(self.view, rests, rows[:0], self.outlook)
+        yields = ~(favoured[rows] | leaves) & stayed & (self.pending[rows] == 1)
         return _Victims(self.view, rests, rows[yields][::-1], self.outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
@@ -319,11 +336,11 @@ class _Pass:
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
         chosen: list[int] = []
-        parked = self.outlook.parked[row]
+        favoured = self.outlook.favoured[row]
         for i, (gains, yields) in enumerate(zip(victims.gains, victims.yields, strict=True)):
             if missing <= 0 and (chosen or not needs_place):
                 break
-            if yields and parked:
+            if yields and not favoured:
                 break
             if not yields and gains and (only_held or victims.slack_s[i] < floor):
                 continue
@@ -379,9 +396,9 @@ class _Pass:
             return self.view.blocks_for(int(self.outlook.remaining[row]))
         # For so long nobody may have slack enough to make room for the others.
         rate = self.tracker.rate * ~self.tracker.paused
-        if self.tracker.shared_by_tenants:
-            # Whoever is parked then makes room at any time.
-            rate = rate * ~self.outlook.parked
+        if self.outlook.favoured[row]:
+            # The others make room for it at any time.
+            rate = rate * self.outlook.favoured
         reading = float(rate[self.running].sum() + rate[admitted].sum())
         return self.view.blocks_for(int(reading * self.p.victim_slack_s))
 
@@ -396,6 +413,15 @@ class _Pass:
         slack, parked, late = outlook.slack[rows], outlook.parked[rows], outlook.late[rows]
         resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
         urgent = ~parked & (slack <= resume_at)
+        if outlook.favoured.any():
+            first = outlook.favoured[rows] & urgent
+            yield from self._in_turn(rows[first])
+            new = waiting[outlook.favoured[waiting] & ~self.tracker.paused[waiting]]
+            needs = view.blocks_needed(new).tolist()
+            yield from zip(new.tolist(), needs, [False] * len(new), strict=True)
+            waiting = waiting[~np.isin(waiting, new)]
+            rows, slack, urgent = rows[~first], slack[~first], urgent[~first]
+            parked, late = parked[~first], late[~first]
         yield from self._in_turn(rows[urgent])
         idle = waiting[self.tracker.paused[waiting]]
         if len(waiting) > len(idle):

@@ -203,6 +203,11 @@ class Tracker:
         return self._view("elastic")  # type: ignore[return-value]
 
     @property
+    def tenant(self) -> IntArray:
+        """A number for each tenant."""
+        return self._ints("tenant")
+
+    @property
     def limit(self) -> IntArray:
         """Most tokens it may generate in all."""
         return self._ints("limit")
@@ -322,7 +327,7 @@ class Tracker:
 
     def _turns(self, cost: IntArray | FloatArray) -> FloatArray:
         arrived = np.lexsort((self.order, self.arrival_s))
-        return turns(self._ints("tenant"), arrived, cost.astype(np.float64))
+        return turns(self.tenant, arrived, cost.astype(np.float64))
 
     def longest_first(self) -> IntArray:
         """All rows, the highest limit first."""

@@ -50,5 +50,5 @@ def test_a_flood_of_another_tenant_is_hardly_felt(seed):
     beside = ttft_p99_s(seed, flood("other"))
     behind = ttft_p99_s(seed, flood("quiet"))
     print(f"P99 TTFT {alone:.3f} s alone, {beside:.3f} s beside a flood, {behind:.3f} s behind one")
-    assert beside <= 1.5 * alone
-    assert behind > 5 * alone
+    assert beside <= 2 * alone
+    assert behind > 100 * alone

@@ -67,7 +67,7 @@ VALUES = {
     "max-num-seqs": ("9", "engine.max_num_seqs", 9),
     "api-keys": ("/k", "security.api_keys_file", "/k"),
     "tls-cert": ("/c", "security.tls.certificate", "/c"),
-    "tls-key": ("/p", "security.tls.key", "/p"),
+    "tls-key": ("/t", "security.tls.key", "/t"),
 }
 FILE = {
     "model": {"path": "/file", "served_name": "file"},
@@ -75,7 +75,7 @@ FILE = {
     "kvstore": {"host_kv_gib": 2},
     "replicas": {"count": 2},
     "ingress": {"host": "127.0.0.1", "port": 7000, "grpc_port": 7001},
-    "security": {"tls": {"certificate": "/file", "key": "/file"}},
+    "security": {"api_keys_file": "/a", "tls": {"certificate": "/b", "key": "/d"}},
 }
 
 

@@ -82,7 +82,7 @@ def crowded(newcomer: str):
     late = sequence("new", tenant=newcomer, arrival_s=50, max_tokens=60)
     # Two readers of 10 tokens/s are promised their rate, not three.
     cost = taught(fixed=0.1, per_sequence=0.01, prefill=1e-4, load=1e-5, offload=1e-5)
-    return view(*flood, late, free=0, max_num_seqs=4, total=1000, cost=cost)
+    return view(*flood, late, free=0, max_num_seqs=4, total=60, cost=cost)
 
 
 def test_who_is_beyond_its_tenants_share_makes_room_for_another_tenant():
