@@ -37,9 +37,10 @@ def judge(
     time_left_s: float | None = None,
 ) -> None:
     """Raises CapacityError when a request is not predicted to have its first token and its rate
-    within `max_ttft_s` seconds, its rate within `max_stall_s` of its first token (None: no bound),
-    or not its first token before the client's own deadline in `time_left_s`. Nothing is refused
-    while nothing is measured, or nothing known (`seen` is None).
+    within `max_ttft_s` seconds, when rates would be asked for that cannot be promised within
+    `max_stall_s` (None: no bound), or when its first token would come after the client's own
+    deadline in `time_left_s`. Nothing is refused while nothing is measured, or nothing known
+    (`seen` is None).
 
     Backlog drains by a second per second at best: the time to wait is what is above the bound.
     """
@@ -48,7 +49,7 @@ def judge(
     served, paused = "you would be served in", "your text would pause for"
     for wait_s, bound, what, whose in (
         (seen.promised_s, max_ttft_s, served, "the limit is"),
-        (seen.promised_s - seen.ttft_s, max_stall_s, paused, "the limit is"),
+        (seen.short_s, max_stall_s, paused, "the limit is"),
         (seen.ttft_s, time_left_s, served, "your timeout leaves"),
     ):
         if bound is not None and wait_s > bound:

@@ -29,7 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="serve a model on this machine (OpenAI-compatible HTTP, and gRPC)",
         description="Serve a model on this machine. Flags override the file.",
     )
-    serve.add_argument("--model", metavar="PATH", help="local Hugging Face model directory")
+    serve.add_argument(
+        "--model",
+        metavar="PATH",
+        help="local Hugging Face model directory, or random:NAME (llama3-8b, ...) for a model's "
+        "shape with random weights",
+    )
     serve.add_argument("--config", metavar="FILE", help="YAML configuration")
     serve.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, metavar="P", help="HTTP port (default 8000)")

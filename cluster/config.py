@@ -21,8 +21,10 @@ from pydantic import (
 from tokenflow.cluster.limits import Limits
 from tokenflow.cluster.logs import LogConfig
 from tokenflow.cluster.routing import ROUTERS
+from tokenflow.kvstore.segment import SHM_DIRECTORY
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import ConfigError
+from tokenflow.replicas.executor.shapes import embedded_model
 
 
 class _Section(BaseModel):
@@ -35,7 +37,8 @@ class ModelConfig(_Section):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="A local Hugging Face model directory; null = the embedded model.",
+        description="A local Hugging Face model directory, or random:NAME for the shape of a known "
+        "model with random weights; null = the embedded model.",
     )
     served_name: str | None = Field(
         default=None, min_length=1, description="The name clients use; null = the folder's name."
@@ -59,6 +62,12 @@ class KVStoreConfig(_Section):
         allow_inf_nan=False,
         description="Host memory for KV per node, GiB; 0 = none, null = a safe share of what is "
         "free.",
+    )
+    directory: str = Field(
+        default=SHM_DIRECTORY,
+        min_length=1,
+        description="Where it lies: a folder of a file system in memory (tmpfs) that all replicas "
+        "of a node see.",
     )
 
 
@@ -93,7 +102,9 @@ class ReplicasConfig(_Section):
         default=None, description="Bounds and targets; null = always `count` replicas."
     )
     gpus_each: float | None = Field(
-        default=None, ge=0, description="null = 1 where the cluster has GPUs, else 0."
+        default=None,
+        ge=0,
+        description="null = engine.tensor_parallel where the cluster has GPUs, else 0.",
     )
     cpus_each: float = Field(default=0, ge=0, description="CPUs Ray reserves for a replica.")
     router: str = Field(
@@ -212,13 +223,6 @@ class ClusterConfig(_Section):
     security: SecurityConfig = SecurityConfig()
     logging: LogConfig = LogConfig()
     tracing: TracingConfig = TracingConfig()
-
-
-def embedded_model() -> Path:
-    """The directory of the model that ships in the package."""
-    import tokenflow.replicas
-
-    return Path(tokenflow.replicas.__path__[0]) / "models" / "tokenflow-books"
 
 
 def load_config(

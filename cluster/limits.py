@@ -31,9 +31,9 @@ class Limits(BaseModel):
     max_predicted_stall_s: float | None = Field(
         default=None,
         gt=0,
-        description="A request whose rate is predicted to be promised later than that after its "
-        "first token is refused in the same way: what streams keeps its rate under any load. null "
-        "= it may begin at once and pause, so long as max_predicted_ttft_s is kept.",
+        description="Seconds for which readers may be asked to go short. A request that would make "
+        "it longer is refused in the same way: what streams keeps its rate under any load. null = "
+        "it may begin at once and pause, so long as max_predicted_ttft_s is kept.",
     )
     max_timeout_s: float = Field(
         default=86_400.0, gt=0, description="Longest timeout that a request may give itself."

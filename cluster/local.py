@@ -39,6 +39,28 @@ _STEADY_S = 1.0
 _PORTS = 100
 """Kept for the servers of one cluster's ingresses."""
 _PORT_RANGE = (20_000, 30_000)
+SERVE_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers run at 15 by default: any other process would come before the model.
+    "RAY_worker_niceness": "0",
+    # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A HAProxy that died is started again after three of these, by default after 30 s:
+    # that is as long as a resumable request waits for its client.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A gRPC client has one connection for all its streams; beyond this many, and Ray says
+    # 100, they would wait for each other's end without a word.
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
+    # Serve sets no limit on how long the head of a request may take and has no variable for it;
+    # this one is the last line of its HAProxy's defaults, so another may follow.
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
+        f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
+    ),
+    # Log lines are to be in their file when they are written, not a thousand lines later.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+}
+"""What every process of Ray needs, on this machine and wherever else it is started (deploy/)."""
 
 
 class ServingError(TokenFlowError):
@@ -64,12 +86,13 @@ def preflight(config: ClusterConfig) -> Preflight:
         load_keys(keys)
     if config.security.tls is not None:
         read_certificate(config.security.tls)
-    gpus_each = config.replicas.gpus_each
-    if gpus_each is None:
-        gpus_each = 1.0 if device.startswith("cuda") else 0.0
+    gpus_each = _gpus_each(config, device)
     sharers = config.replicas.most if gpus_each == 0 else 1
     blocks = plan_blocks(
-        spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
+        spec,
+        config.engine,
+        available_bytes=free_memory_bytes(device, config.engine.tensor_parallel),
+        sharers=sharers,
     )
     for key, port in (
         ("ingress.port", config.ingress.port),
@@ -83,6 +106,13 @@ def preflight(config: ClusterConfig) -> Preflight:
     if config.ingress.port == config.ingress.grpc_port:
         raise ConfigError("ingress.port and ingress.grpc_port must differ.")
     return Preflight(spec, device, blocks, gpus_each)
+
+
+def _gpus_each(config: ClusterConfig, device: str) -> float:
+    """GPUs that Ray gives a replica; all on one node, as one process asks for them."""
+    if config.replicas.gpus_each is not None:
+        return config.replicas.gpus_each
+    return float(config.engine.tensor_parallel) if device.startswith("cuda") else 0.0
 
 
 def _check_port(key: str, host: str, port: int) -> None:
@@ -280,26 +310,8 @@ class LocalCluster:
     def _set_environment(self, scratch: Path) -> None:
         """Serve reads these in the processes that Ray starts; what the user has set wins."""
         values = {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Requests go from HAProxy straight to the ingress, frames over gRPC handles.
-            # Ray's workers run at 15 by default: any other process would come before the model.
-            "RAY_worker_niceness": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            # A HAProxy that died is started again after three of these, by default after 30 s:
-            # that is as long as a resumable request waits for its client.
-            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            **SERVE_ENVIRONMENT,
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-            # Serve sets no limit on how long the head of a request may take and has no variable for
-            # it; this one is the last line of its HAProxy's defaults, so another may follow.
-            "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": (
-                f"leastconn\n    timeout http-request {HEADER_TIMEOUT_S}s"
-            ),
-            # Log lines are to be in their file when they are written, not a thousand lines later.
-            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
-            # A gRPC client has one connection for all its streams; beyond this many, and Ray says
-            # 100, they would wait for each other's end without a word.
-            "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "10000",
             # Two clusters on one machine must not share sockets or ports.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
@@ -352,9 +364,7 @@ class LocalCluster:
 
         from tokenflow.cluster.app import APP_NAME, build_app
 
-        gpus = self.config.replicas.gpus_each
-        if gpus is None:
-            gpus = 1.0 if resolve_device(self.config.engine.device).startswith("cuda") else 0.0
+        gpus = _gpus_each(self.config, resolve_device(self.config.engine.device))
         self._deployed = True
         try:
             serve.run(build_app(self.config, gpus_each=gpus), name=APP_NAME, route_prefix="/")

@@ -31,6 +31,10 @@ _COUNTERS = {
         "KV bytes copied to host memory in the background, part of the offloaded ones.",
     ),
     "loaded_bytes": ("tokenflow_loaded_bytes", "KV bytes copied from host memory."),
+    "out_of_memory": (
+        "tokenflow_out_of_memory_steps",
+        "Steps that did not fit the device and were run in part.",
+    ),
     "transfer_errors": ("tokenflow_transfer_errors", "KV copies that failed."),
     "corrupt_blocks": (
         "tokenflow_corrupt_blocks",

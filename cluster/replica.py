@@ -24,7 +24,7 @@ from tokenflow.cluster.wire import Frame, Holding, Submission
 from tokenflow.kvstore.actor import RayStoreControl, RayStoreFetch, store_for_this_node
 from tokenflow.kvstore.client import HostSlots, NullHostSlots
 from tokenflow.kvstore.node import StoreConfig
-from tokenflow.kvstore.segment import SHM_DIRECTORY, Segment
+from tokenflow.kvstore.segment import Segment
 from tokenflow.kvstore.sizing import (
     available_memory_bytes,
     default_host_bytes,
@@ -71,7 +71,10 @@ class Replica:
         device = resolve_device(config.engine.device)
         spec = inspect_model(config.model.directory, config.engine, device)
         num_blocks = plan_blocks(
-            spec, config.engine, available_bytes=free_memory_bytes(device), sharers=sharers
+            spec,
+            config.engine,
+            available_bytes=free_memory_bytes(device, config.engine.tensor_parallel),
+            sharers=sharers,
         )
         self._store: Any = None
         self._host, self._segment, memory = self._attach_store(config, spec, sharers)
@@ -113,12 +116,18 @@ class Replica:
         if gib == 0:
             return NullHostSlots(), None, None
         slot_bytes = spec.kv_layout(config.engine.block_size).block_bytes
+        directory = config.kvstore.directory
         try:
             total = int((gib or 0) * 2**30) or default_host_bytes(
-                available_memory_bytes(), free_bytes(SHM_DIRECTORY)
+                available_memory_bytes(), free_bytes(directory)
             )
             store = store_for_this_node(
-                StoreConfig(total, slot_bytes, max_owner_fraction=default_owner_fraction(sharers))
+                StoreConfig(
+                    total,
+                    slot_bytes,
+                    max_owner_fraction=default_owner_fraction(sharers),
+                    directory=directory,
+                )
             )
             control = RayStoreControl(store, uuid.uuid4().hex, slot_bytes=slot_bytes)
         except KVStoreError as error:

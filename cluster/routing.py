@@ -162,6 +162,9 @@ class Outlook:
     waits for others to end."""
     measured: bool = True
     """False: nobody has measured any speed yet, and this is only good for comparing."""
+    short_s: float = 0.0
+    """Seconds until those who read there ask for no more than can be promised: if it begins before,
+    somebody's text pauses."""
 
     @property
     def score(self) -> float:
@@ -202,8 +205,8 @@ def outlook(
     waiting = max(_excess(memory), min(_excess(rates), _excess(device)))
     drain_s = before / capacity
     ttft_s = waiting * drain_s + (1.0 - waiting) * prefill
-    promised_s = max(ttft_s, _excess(rates) * drain_s)
-    return Outlook(ttft_s, promised_s, max(rates, memory), measured)
+    short_s = _excess(rates) * drain_s
+    return Outlook(ttft_s, max(ttft_s, short_s), max(rates, memory), measured, short_s)
 
 
 def _excess(utilisation: float) -> float:

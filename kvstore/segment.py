@@ -313,7 +313,7 @@ def _no_room(directory: str, asked: int) -> KVStoreError:
     return KVStoreError(
         f"no room for the KV segment: asked for {asked / 2**30:.2f} GiB, {directory} has "
         f"{free_bytes(directory) / 2**30:.2f} GiB free. Lower kvstore.host_kv_gib "
-        "(--host-kv-gib), or give the container a larger /dev/shm: `docker run --shm-size`, in "
-        "Kubernetes an emptyDir volume with medium: Memory and a sizeLimit, mounted at /dev/shm "
-        "(it counts against the container's memory limit)"
+        f"(--host-kv-gib), or give the container a larger {directory}: `docker run --shm-size` for "
+        "/dev/shm, in Kubernetes an emptyDir volume with medium: Memory and a sizeLimit "
+        "(kvStore.size in the chart; it counts against the container's memory limit)"
     )

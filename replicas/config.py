@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.scheduler.registry import make_policy
@@ -15,7 +22,11 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    policy: str = Field(default="slack", description="Scheduling policy, by name.")
+    policy: str = Field(
+        default="slack",
+        description="Scheduling policy, by name; or `module:Class` for one of yours "
+        "(docs/write-a-policy.md).",
+    )
     policy_params: dict[str, float] = Field(
         default_factory=dict, description="Parameters of the policy that differ from its defaults."
     )
@@ -75,7 +86,37 @@ class EngineConfig(BaseModel):
     cpu_threads: int | None = Field(
         default=None, ge=1, description="Torch threads of a CPU replica; null = its share."
     )
+    attention_backend: Literal["auto", "flash_attn", "triton", "sdpa"] = Field(
+        default="auto",
+        description="auto = on a GPU flash_attn where it is installed and block_size is a multiple "
+        "of 256, else triton; on a CPU sdpa.",
+    )
+    decode_graphs: bool | None = Field(
+        default=None,
+        description="Decode by CUDA graphs; null = on a GPU. On a CPU, true pads the batches alike "
+        "(for tests).",
+    )
+    async_scheduling: bool | None = Field(
+        default=None,
+        description="Plan the next step while one runs, a token behind; null = on a GPU.",
+    )
     fuse: bool = Field(default=True, description="Fuse projections and norms of known families.")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs of one machine over which a replica divides the model; needs "
+        "offload: false.",
+    )
+
+    @model_validator(mode="after")
+    def _divided_kv_stays_on_the_devices(self) -> EngineConfig:
+        if self.tensor_parallel > 1 and self.offload:
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} needs engine.offload: false; KV that is "
+                "divided over devices cannot be copied to the host"
+            )
+        return self
 
     @field_validator("policy")
     @classmethod

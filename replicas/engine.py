@@ -16,8 +16,13 @@ from typing import Any
 
 from tokenflow.replicas.buffers import take_buffers
 from tokenflow.replicas.config import EngineConfig
-from tokenflow.replicas.errors import CapacityError, InvalidRequestError
-from tokenflow.replicas.executor.base import Executor, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.errors import CapacityError, InvalidRequestError, StepMemoryError
+from tokenflow.replicas.executor.base import (
+    Executor,
+    ScheduledSequence,
+    StepResult,
+    TokenLogprobs,
+)
 from tokenflow.replicas.kv_cache import KVCache
 from tokenflow.replicas.load import LoadMeter, LoadReport
 from tokenflow.replicas.output import TokenEvent
@@ -30,6 +35,7 @@ from tokenflow.replicas.scheduler.playback import effective_tokens
 from tokenflow.replicas.scheduler.policy import Plan, Policy, Preempt, View
 from tokenflow.replicas.scheduler.tracker import FloatArray, IntArray, Tracker
 from tokenflow.replicas.stats import EngineStats
+from tokenflow.replicas.steps import Step, StepRunner
 from tokenflow.replicas.text import TextStream
 from tokenflow.replicas.transfers import HostSlots
 from tokenflow.replicas.write_through import WriteThrough
@@ -114,6 +120,10 @@ class Engine:
         self._next_assessment_s = -math.inf
         self._next_report_s = -math.inf
         self._events: list[TokenEvent] = []
+        self._steps = StepRunner(executor, config, self.stats, clock)
+        self._launched: Step | None = None
+        """A step whose tokens are not known; each sequence in it that runs still has its slot."""
+        self._finished_s = -math.inf
         self.refresh_stats()
 
     # -- requests -------------------------------------------------------------------------------
@@ -230,9 +240,9 @@ class Engine:
         seq = self._sequences.get(request_id)
         if seq is None:
             return False
-        if not 0 <= tokens <= len(seq.output_ids):
+        if not 0 <= tokens <= seq.drawn:
             raise InvalidRequestError(
-                f"consumed must be between 0 and the {len(seq.output_ids)} tokens of the output so "
+                f"consumed must be between 0 and the {seq.drawn} tokens of the output so "
                 f"far, got {tokens}.",
                 param="consumed",
             )
@@ -261,7 +271,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self.kv.transfers.active > 0
+        return bool(self._sequences or self._launched or self.kv.transfers.active)
 
     @property
     def requests(self) -> list[str]:
@@ -285,12 +295,13 @@ class Engine:
         batch = self._schedule([*plan.batch, *self._back_at_once(plan)])
         self.stats.schedule_seconds += self._clock() - begun
         self._note_load(plan.load, begun)
-        if not (batch or plan.preempt or kv.transfers.active) and self._sequences:
+        moves = plan.preempt or kv.transfers.active or self._launched
+        if not (batch or moves) and self._sequences:
             batch = self._force_progress() if complete else self._whoever_can()
         config = self.config
         if self.policy.write_through and config.write_through and config.offload:
             self._write_through.start(batch)
-        if not batch:
+        if not (batch or self._launched):
             return self.refresh_stats()
         self._run(batch)
         self.refresh_stats()
@@ -398,7 +409,7 @@ class Engine:
             load_queue=transfers.queued(to_host=False),
             block_size=self._block_size,
             max_num_seqs=self.config.max_num_seqs,
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_batch_tokens=self._steps.max_tokens,
             cost=self.cost,
             lengths=self.lengths,
             overlap=self.config.overlap_transfers,
@@ -444,7 +455,7 @@ class Engine:
 
     def _back_at_once(self, plan: Plan) -> list[tuple[Sequence, int]]:
         """Shares of the step for those who were to be loaded, but had nothing to load."""
-        left = self.config.max_batch_tokens - sum(n for _, n in plan.batch)
+        left = self._steps.max_tokens - sum(n for _, n in plan.batch)
         batch = []
         for seq in plan.resume:
             n = min(left, seq.pending_tokens)
@@ -462,7 +473,8 @@ class Engine:
         batch = []
         computing: set[bytes] = set()
         for seq, n in wanted:
-            if seq.state is not State.RUNNING:
+            # The last token of an output may be on its way.
+            if seq.state is not State.RUNNING or seq.remaining_tokens <= 0:
                 continue
             if seq.pending_tokens > 1:
                 kv.reuse(seq)
@@ -494,57 +506,93 @@ class Engine:
             self.kv.resume(oldest)
         if oldest.state is not State.RUNNING:
             return []
-        return self._schedule([(oldest, min(oldest.pending_tokens, self.config.max_batch_tokens))])
+        return self._schedule([(oldest, min(oldest.pending_tokens, self._steps.max_tokens))])
 
     # -- running and handing out ----------------------------------------------------------------
 
     def _run(self, batch: list[tuple[Sequence, int]]) -> None:
-        scheduled = []
-        for seq, n in batch:
-            start = seq.num_computed
-            sample = start + n == len(seq.tokens)
-            scheduled.append(
-                ScheduledSequence(
-                    slot=seq.slot,
-                    token_ids=seq.tokens[start : start + n],
-                    start=start,
-                    block_ids=seq.block_ids,
-                    sample=sample,
-                    params=seq.params,
-                    prompt_ids=seq.prompt_ids,
-                    output_ids=seq.output_ids,
-                    suppress_ids=self._text[seq.request_id].suppressed_ids if sample else (),
-                )
-            )
-        begun = self._clock()
-        result = self.executor.execute(scheduled)
-        now = self._clock()
+        """Run a step to its end; or, ahead, launch it and then take the tokens of the one before,
+        which the device did not wait for."""
+        step = self._start(batch) if batch else None
+        if not self._steps.ahead:
+            if step is not None:
+                now = self._clock()
+                self._advance(step)
+                self._finish(step, step.result(), now)
+            return
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            result = launched.result()
+            self._finish(launched, result, self._clock())
+        if step is not None:
+            # Only now are all tokens known whose KV the step computes.
+            self._advance(step)
+            self._launched = step
+
+    def _start(self, batch: list[tuple[Sequence, int]]) -> Step | None:
+        try:
+            return self._steps.start(batch, self._share)
+        except StepMemoryError as error:
+            self._end_early(batch[0][0], FinishReason.ERROR, f"Out of device memory: {error}")
+            return None
+
+    def _share(self, seq: Sequence, n: int) -> ScheduledSequence:
+        start = seq.num_computed
+        sample = start + n == len(seq.tokens)
+        text = self._text[seq.request_id]
+        return ScheduledSequence(
+            slot=seq.slot,
+            token_ids=seq.tokens[start : start + n],
+            start=start,
+            block_ids=seq.block_ids,
+            sample=sample,
+            params=seq.params,
+            prompt_ids=seq.prompt_ids,
+            output_ids=seq.output_ids,
+            suppress_ids=text.suppressed_ids(seq.awaited) if sample else (),
+        )
+
+    def _advance(self, step: Step) -> None:
+        """The step was started: from here on its KV counts as computed, and its tokens as drawn.
+        Blocks that it fills are made known; whoever uses them runs after it."""
         stats = self.stats
-        stats.steps += 1
-        stats.step_seconds += now - begun
-        decodes = prefill = context = 0
-        unix_now = time.time()
-        for (seq, n), token_id, logprobs in zip(
-            batch, result.token_ids, result.logprobs, strict=True
-        ):
+        for seq, n, filled, sample in step.shares:
+            if seq.state is State.FINISHED:
+                continue  # by the token that was awaited when the step was launched
             self.tracker.touch(seq)
             if seq.decoding:
-                decodes += 1
-                context += seq.num_computed
+                step.decodes += 1
+                step.context += seq.num_computed
             else:
-                prefill += n
+                step.prefills.append((seq, n))
                 fresh = max(0, min(seq.num_computed + n, len(seq.prompt_ids)) - seq.num_computed)
                 if seq.preemptions or seq.request.resumed_ids:
                     fresh = 0
                 stats.prompt_tokens += fresh
                 stats.recomputed_tokens += n - fresh
-                seq.note("prefill", tokens=n, seconds=now - begun)
-            filled = seq.num_computed // self._block_size
             seq.num_computed += n
             self.kv.publish(seq, filled, seq.num_computed // self._block_size)
-            if token_id >= 0:
+            if sample and self._steps.ahead:
+                seq.await_token()
+
+    def _finish(self, step: Step, result: StepResult, now: float) -> None:
+        """Hand out what a step has drawn. A sequence may have ended since it was launched."""
+        # Launched ahead, it began when the one before ended.
+        seconds = now - max(step.begun, self._finished_s)
+        self._finished_s = now
+        self.stats.steps += 1
+        self.stats.step_seconds += seconds
+        unix_now = time.time()
+        for seq, n in step.prefills:
+            seq.note("prefill", tokens=n, seconds=seconds)
+        for (seq, *_), token_id, logprobs in zip(
+            step.shares, result.token_ids, result.logprobs, strict=True
+        ):
+            if token_id >= 0 and seq.state is not State.FINISHED:
+                self.tracker.touch(seq)
                 self._take_token(seq, token_id, logprobs, now, unix_now)
-        self.cost.observe_step(decodes, context, prefill, now - begun)
+        prefill = sum(n for _, n in step.prefills)
+        self.cost.observe_step(step.decodes, step.context, prefill, seconds)
 
     def _take_token(
         self,
@@ -556,10 +604,10 @@ class Engine:
     ) -> None:
         if seq.first_token_s is None:
             self.stats.observe_ttft(now - seq.arrival_s)
-        if not seq.output_ids:
+        if not seq.drawn:
             seq.note("first_token")
         # A moved request's figure was told by the replica that drew its first token.
-        cached_tokens = 0 if seq.output_ids else seq.cached_tokens
+        cached_tokens = 0 if seq.drawn else seq.cached_tokens
         seq.append(token_id, now)
         self.stats.generated_tokens += 1
         text, reason = self._text[seq.request_id].push(token_id)
@@ -584,7 +632,7 @@ class Engine:
         self._events.append(
             TokenEvent(
                 seq.request_id,
-                len(seq.output_ids),
+                seq.drawn,
                 -1,
                 "",
                 time.time(),
@@ -605,7 +653,7 @@ class Engine:
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
         self.lengths.observe(
-            len(seq.output_ids),
+            seq.drawn,
             ended=reason is FinishReason.STOP,
             prompt_tokens=len(seq.prompt_ids) - seq.cached_tokens,
         )

@@ -67,3 +67,7 @@ class KVStoreError(TokenFlowError):
 
 class EngineDeadError(TokenFlowError):
     """The engine loop has stopped; its requests must be resubmitted elsewhere."""
+
+
+class StepMemoryError(TokenFlowError):
+    """The device has not enough memory for a step; a smaller one may do."""

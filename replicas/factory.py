@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
@@ -22,6 +22,9 @@ from tokenflow.replicas.prefix import checkpoint_fingerprint
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.tokenizer import load_tokenizer
 from tokenflow.replicas.transfers import HostSlots
+
+if TYPE_CHECKING:
+    from tokenflow.replicas.executor.memory import MemoryBudget
 
 logger = logging.getLogger("tokenflow.engine")
 
@@ -45,21 +48,42 @@ def resolve_device(device: str) -> str:
 
 
 def inspect_model(directory: str | Path, config: EngineConfig, device: str) -> ModelSpec:
-    """The model's description in the dtype it will run in. Raises CheckpointError."""
+    """The model's description in the dtype it will run in. Raises CheckpointError, and ConfigError
+    when it cannot be divided as configured."""
     dtype = config.dtype
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
-    return inspect_checkpoint(directory, dtype=dtype, max_model_len=config.max_model_len)
+    spec = inspect_checkpoint(directory, dtype=dtype, max_model_len=config.max_model_len)
+    _check_ranks(spec, config.tensor_parallel, device)
+    return spec
 
 
-def free_memory_bytes(device: str) -> int:
-    """Memory that weights and KV may share on a device."""
+def _check_ranks(spec: ModelSpec, ranks: int, device: str) -> None:
+    if spec.num_heads % ranks or spec.kv_heads % ranks:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} devices cannot share the {spec.num_heads} heads and "
+            f"{spec.kv_heads} KV heads of {spec.name} evenly; choose a divisor of both."
+        )
+    if ranks == 1 or device == "cpu":
+        return
+    import torch
+
+    if device not in ("cuda", "cuda:0") or torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            f"engine.tensor_parallel: {ranks} GPUs from the first on are needed, but engine.device "
+            f"is {device!r} and this process sees {torch.cuda.device_count()}."
+        )
+
+
+def free_memory_bytes(device: str, ranks: int = 1) -> int:
+    """Memory that weights and KV may share on a device, or on the first `ranks` GPUs."""
     if device == "cpu":
         return available_memory_bytes()
     import torch
 
-    free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return int(free)
+    first = torch.device(device).index or 0
+    free = [torch.cuda.mem_get_info(first + rank)[0] for rank in range(ranks)]
+    return ranks * min(free)
 
 
 def plan_blocks(
@@ -81,10 +105,8 @@ def plan_blocks(
     else:
         fraction = min(config.memory_fraction, 1 / (1 + ACTIVATION_SHARE))
         room = int(share * fraction) - spec.weight_bytes
-        # More than every sequence at full length is never used.
-        useful = -(-config.max_num_seqs * spec.max_model_len // config.block_size)
-        blocks = min(max(room // layout.block_bytes, 0), useful)
-        if blocks * config.block_size < min(256, spec.max_model_len):
+        blocks = min(max(room // layout.block_bytes, 0), _most_blocks(spec, config))
+        if blocks < _least_blocks(spec, config):
             raise CheckpointError(
                 f"{spec.path}: the weights take {spec.weight_bytes / 2**30:.2f} GiB and leave no "
                 f"room for KV in the {share / 2**30:.2f} GiB a replica may use; free memory, serve "
@@ -92,6 +114,34 @@ def plan_blocks(
             )
     check_memory(spec, available_bytes=share, kv_bytes=blocks * layout.block_bytes)
     return int(blocks)
+
+
+def _most_blocks(spec: ModelSpec, config: EngineConfig) -> int:
+    """More than every sequence at full length is never used."""
+    return -(-config.max_num_seqs * spec.max_model_len // config.block_size)
+
+
+def _least_blocks(spec: ModelSpec, config: EngineConfig) -> int:
+    return -(-min(256, spec.max_model_len) // config.block_size)
+
+
+def _memory_budget(
+    spec: ModelSpec, config: EngineConfig, device: str, sharers: int
+) -> MemoryBudget | None:
+    """What a replica may take of a GPU, if it is not told how much KV to hold."""
+    if device == "cpu" or config.kv_tokens is not None:
+        return None
+    import torch
+
+    from tokenflow.replicas.executor.memory import CudaMemory, MemoryBudget
+
+    return MemoryBudget(
+        total_bytes=int(free_memory_bytes(device) * config.memory_fraction) // sharers,
+        most_blocks=_most_blocks(spec, config),
+        least_blocks=_least_blocks(spec, config),
+        max_batch_tokens=config.max_batch_tokens,
+        memory=CudaMemory(torch.device(device)),
+    )
 
 
 def cpu_threads(config: EngineConfig, sharers: int) -> int:
@@ -121,19 +171,26 @@ def build_executor(
     sharers: int = 1,
 ) -> Executor:
     """Load the model. `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`,
-    or None. Raises CheckpointError."""
+    or None. Unless `engine.kv_tokens` says how much KV a GPU holds it is measured, and `num_blocks`
+    not used; but not where several share a model. Raises CheckpointError or ConfigError."""
+    from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
-    return TorchExecutor(
-        spec,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        device=device,
-        host_memory=host_memory,
-        num_threads=cpu_threads(config, sharers) if device == "cpu" else None,
-        fuse=config.fuse,
-    )
+    ranks = config.tensor_parallel
+    options: dict[str, Any] = {
+        "num_blocks": num_blocks,
+        "block_size": config.block_size,
+        "max_num_seqs": config.max_num_seqs,
+        "device": device,
+        "num_threads": cpu_threads(config, sharers * ranks) if device == "cpu" else None,
+        "fuse": config.fuse,
+        "attention_backend": config.attention_backend,
+        "decode_graphs": config.decode_graphs,
+    }
+    if ranks > 1:
+        return ParallelExecutor(spec, ranks, **options)
+    budget = _memory_budget(spec, config, device, sharers)
+    return TorchExecutor(spec, host_memory=host_memory, memory=budget, **options)
 
 
 def build_engine(

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from tokenflow.replicas.executor.base import KVLayout
+from tokenflow.replicas.executor.shapes import is_shape, shape_config
 
 KEY_BYTES = 16
 _ORDER = b"layer,kv,head,token,dim"
@@ -47,11 +48,14 @@ def extend_keys(
 
 
 def checkpoint_fingerprint(directory: str | Path) -> bytes:
-    """Tells checkpoints apart by content, wherever they lie.
+    """Tells checkpoints apart by content, wherever they lie; a shape has the same random weights
+    every time.
 
     Reads config.json, the safetensors headers (names, shapes, places of all tensors) and a sample
     of the weights, not all of them: that would take minutes for a large model.
     """
+    if is_shape(directory):
+        return _digest(b"shape", repr(shape_config(directory)).encode())
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     root = Path(directory)
     weights = [*root.glob("*.safetensors"), *root.glob("*.bin")]

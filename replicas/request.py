@@ -15,6 +15,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenflow.replicas.executor.base import UNKNOWN
 from tokenflow.replicas.life import Life, Note
 from tokenflow.replicas.sampling.params import SamplingParams
 from tokenflow.replicas.scheduler.playback import STALL_EPSILON_S, Playback
@@ -98,6 +99,7 @@ class Sequence:
 
     __slots__ = (
         "arrival_s",
+        "awaited",
         "block_ids",
         "buffers",
         "cached_tokens",
@@ -178,13 +180,15 @@ class Sequence:
         self.resident_tokens = 0
         """Tokens generated since it last came onto the device."""
         self.cancelled = False
+        self.awaited = False
+        """Whether its last token is UNKNOWN: a step that draws it was launched."""
 
     def move(self, to: State) -> None:
         """Change state. Raises RuntimeError on a change ARCS does not list."""
         if to not in ARCS[self.state]:
             raise RuntimeError(f"{self.request_id}: no way from {self.state.name} to {to.name}")
         self.state = to
-        self.note(to.value, computed_tokens=self.num_computed, output_tokens=len(self.output_ids))
+        self.note(to.value, computed_tokens=self.num_computed, output_tokens=self.drawn)
 
     def note(self, what: str, **values: float | str) -> None:
         """Something happens to it now, which a trace of it shows."""
@@ -221,14 +225,29 @@ class Sequence:
         return bool(self.output_ids) and self.pending_tokens == 1
 
     @property
+    def drawn(self) -> int:
+        """Tokens of the output that are known."""
+        return len(self.output_ids) - self.awaited
+
+    @property
     def remaining_tokens(self) -> int:
         """Tokens it may still generate."""
         return self.params.max_tokens - len(self.output_ids)
 
+    def await_token(self) -> None:
+        """A step was launched that draws its next token."""
+        self.tokens.append(UNKNOWN)
+        self.output_ids.append(UNKNOWN)
+        self.awaited = True
+
     def append(self, token_id: int, now: float) -> None:
-        """A token was drawn at `now`."""
-        self.tokens.append(token_id)
-        self.output_ids.append(token_id)
+        """A token, the awaited one if there is one, was drawn at `now`."""
+        if self.awaited:
+            self.tokens[-1] = self.output_ids[-1] = token_id
+            self.awaited = False
+        else:
+            self.tokens.append(token_id)
+            self.output_ids.append(token_id)
         self.resident_tokens += 1
         if self.first_token_s is None:
             self.first_token_s = now

@@ -19,6 +19,8 @@ class EngineStats:
     recomputed_tokens: int = 0
     """Tokens prefilled again because of a preemption or a failover."""
     generated_tokens: int = 0
+    out_of_memory: int = 0
+    """Steps that did not fit the device and were run in part."""
     effective_tokens: float = 0.0
     """Of finished requests. [TokenFlow §7.1.3]"""
     requests: int = 0

@@ -31,10 +31,11 @@ class TextStream:
         )
         self._count = 0
 
-    @property
-    def suppressed_ids(self) -> tuple[int, ...]:
-        """Ids that must not be drawn for the next token: those that would end it too early."""
-        return tuple(self._stop_ids) if self._count < self._params.min_tokens else ()
+    def suppressed_ids(self, awaited: int = 0) -> tuple[int, ...]:
+        """Ids that must not be drawn for the next token, after `awaited` ones that are still to be
+        pushed: those that would end it too early."""
+        early = self._count + awaited < self._params.min_tokens
+        return tuple(self._stop_ids) if early else ()
 
     def push(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Take the next token; returns the text that is now final and why it stops, if it does."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenflow.replicas.errors import CheckpointError
+from tokenflow.replicas.executor.shapes import embedded_model, is_shape
 
 
 def check_tokenizer(path: str | Path) -> None:
@@ -23,9 +24,12 @@ def check_tokenizer(path: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The Hugging Face tokenizer of a local model directory. Raises CheckpointError."""
+    """The Hugging Face tokenizer of a local model directory, or the one that text of a shape is
+    shown with. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
+    if is_shape(path):
+        path = embedded_model()
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:

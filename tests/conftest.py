@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 from hypothesis import settings
 
@@ -11,6 +12,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 # A test never talks to a cluster that happens to run on the machine.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ADDRESS"] = "local"
+# Triton, too, reads when it is imported whether its kernels are interpreted, on the CPU.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["tests.support.cluster_fixture"]
 

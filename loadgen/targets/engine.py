@@ -70,7 +70,8 @@ class EngineTarget:
         """Load the model. Raises CheckpointError or ConfigError when it cannot be run here."""
         device = resolve_device(self._config.device)
         spec = inspect_model(self._directory, self._config, device)
-        blocks = plan_blocks(spec, self._config, available_bytes=free_memory_bytes(device))
+        memory_bytes = free_memory_bytes(device, self._config.tensor_parallel)
+        blocks = plan_blocks(spec, self._config, available_bytes=memory_bytes)
         layout = spec.kv_layout(self._config.block_size)
         self._tokenizer = load_tokenizer(self._directory)
         self._vocab_size = spec.vocab_size

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenflow.replicas.sampling.params import SamplingParams
+
+UNKNOWN = -1
+"""In place of a token that the step launched before has drawn, and the host has not seen yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class ScheduledSequence:
     slot: int
     """Stable index in [0, max_num_seqs) while the sequence is resident on the device."""
     token_ids: Seq[int]
+    """The last one may be UNKNOWN: what the step launched before has drawn for this slot."""
     start: int
     block_ids: NDArray[np.int32]
     """The first ceil((start + len(token_ids)) / block_size) entries are valid."""
@@ -62,7 +66,8 @@ class ScheduledSequence:
     prompt_ids: Seq[int]
     """For penalties; not modified."""
     output_ids: Seq[int]
-    """Tokens generated so far (before this step); its length is the sampler's RNG position."""
+    """Tokens generated so far (before this step), the last one perhaps UNKNOWN; its length is the
+    sampler's RNG position."""
     suppress_ids: Seq[int] = ()
     """Token ids that must not be drawn now (end-of-sequence while below min_tokens)."""
 
@@ -108,7 +113,11 @@ class Executor(Protocol):
     vocab_size: int
 
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
-        """Run one forward pass over the packed batch and sample. Blocks the calling thread."""
+        """Run one forward pass over the packed batch and sample. Blocks the calling thread.
+
+        Raises StepMemoryError when the step needs more memory than there is; nothing has changed
+        then, except KV beyond what the sequences have.
+        """
         ...
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
@@ -132,4 +141,24 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release the model and stop the transfer threads."""
+        ...
+
+
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait for its end."""
+        ...
+
+
+@runtime_checkable
+class AsyncExecutor(Executor, Protocol):
+    """An executor of which the next step may be launched before the result of the last is known."""
+
+    overlaps: bool
+    """Whether the host is free while a step runs, so that launching ahead gains anything."""
+
+    def launch(self, batch: Seq[ScheduledSequence]) -> PendingStep:
+        """Begin a step, after all that was launched before. Raises as `execute`."""
         ...

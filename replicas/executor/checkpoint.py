@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenflow.replicas.errors import CheckpointError
 from tokenflow.replicas.executor.base import KVLayout
+from tokenflow.replicas.executor.shapes import STORED_DTYPE, is_shape, shape_config
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -36,6 +37,7 @@ class ModelSpec:
     """A checkpoint as it will be served."""
 
     path: str
+    """Of its directory, or `random:NAME`."""
     name: str
     architecture: str
     model_type: str
@@ -60,10 +62,12 @@ class ModelSpec:
 def inspect_checkpoint(
     path: str | Path, *, dtype: str = "auto", max_model_len: int | None = None
 ) -> ModelSpec:
-    """Describe the checkpoint in a directory; `dtype` "auto" keeps the stored one.
+    """Describe the checkpoint in a directory, or a shape; `dtype` "auto" keeps the stored one.
 
     Raises CheckpointError, one sentence, for anything that could not be served.
     """
+    if is_shape(path):
+        return _describe_shape(str(path), dtype, max_model_len)
     root = Path(path).expanduser()
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such model directory.")
@@ -84,39 +88,11 @@ def inspect_checkpoint(
     if not any((root / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{root}: tokenizer.json (or tokenizer.model) is missing.")
     tensors = _weights(root)
-    stored = _main_dtype(root, tensors)
-    resolved = stored if dtype == "auto" else dtype
-    if resolved not in DTYPES:
-        raise CheckpointError(
-            f"{root}: dtype {resolved!r} is not supported; use float32, bfloat16 or float16."
-        )
+    resolved = _resolve_dtype(root, dtype, _main_dtype(root, tensors))
     eos = _eos_ids(root, config)
     try:
-        heads = _size(config, "num_attention_heads")
-        hidden = _size(config, "hidden_size")
-        limit = _size(config, "max_position_embeddings")
-        if max_model_len is not None and max_model_len > limit:
-            raise CheckpointError(
-                f"{root}: engine.max_model_len is {max_model_len}, but the model's own limit is "
-                f"{limit} tokens."
-            )
-        spec = ModelSpec(
-            path=str(root),
-            name=root.resolve().name,
-            architecture=architecture,
-            model_type=str(config.get("model_type", "")),
-            layers=_size(config, "num_hidden_layers"),
-            hidden_size=hidden,
-            num_heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=_size(config, "vocab_size"),
-            max_model_len=max_model_len or limit,
-            dtype=resolved,
-            weight_bytes=sum(math.prod(shape) for _, shape in tensors.values()) * DTYPES[resolved],
-            eos_token_ids=eos,
-            sliding_window=_window(config, architecture),
-        )
+        elements = sum(math.prod(shape) for _, shape in tensors.values())
+        spec = _spec(root, config, resolved, max_model_len, elements, eos)
         if spec.layers > len(tensors):
             raise ValueError(f"num_hidden_layers ({spec.layers}, but {len(tensors)} tensors)")
         expected = _expected_tensors(spec, config)
@@ -138,6 +114,62 @@ def inspect_checkpoint(
                 f"asks for {list(shape)}."
             )
     return spec
+
+
+def _describe_shape(path: str, dtype: str, max_model_len: int | None) -> ModelSpec:
+    """Raises CheckpointError."""
+    config = shape_config(path)
+    resolved = _resolve_dtype(Path(path), dtype, STORED_DTYPE)
+    spec = _spec(Path(path), config, resolved, max_model_len, 0, ())
+    elements = sum(math.prod(shape) for shape in _expected_tensors(spec, config).values())
+    return replace(spec, weight_bytes=elements * DTYPES[resolved])
+
+
+def _resolve_dtype(root: Path, asked: str, stored: str) -> str:
+    dtype = stored if asked == "auto" else asked
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{root}: dtype {dtype!r} is not supported; use float32, bfloat16 or float16."
+        )
+    return dtype
+
+
+def _spec(
+    root: Path,
+    config: dict[str, Any],
+    dtype: str,
+    max_model_len: int | None,
+    elements: int,
+    eos: tuple[int, ...],
+) -> ModelSpec:
+    """From the fields of config.json; `elements` are those of all weights."""
+    heads = _size(config, "num_attention_heads")
+    hidden = _size(config, "hidden_size")
+    limit = _size(config, "max_position_embeddings")
+    if max_model_len is not None and max_model_len > limit:
+        raise CheckpointError(
+            f"{root}: engine.max_model_len is {max_model_len}, but the model's own limit is "
+            f"{limit} tokens."
+        )
+    named = config["architectures"]
+    architecture = named[0] if isinstance(named, list) else named
+    return ModelSpec(
+        path=str(root),
+        name=root.resolve().name,
+        architecture=architecture,
+        model_type=str(config.get("model_type", "")),
+        layers=_size(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        vocab_size=_size(config, "vocab_size"),
+        max_model_len=max_model_len or limit,
+        dtype=dtype,
+        weight_bytes=elements * DTYPES[dtype],
+        eos_token_ids=eos,
+        sliding_window=_window(config, architecture),
+    )
 
 
 def _size(config: dict[str, Any], name: str) -> int:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenflow.replicas.executor.attention import paged_attention
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.linear import constant_linear, use_constant_linear
 
@@ -109,13 +108,8 @@ def _attend(
     # `sin` carries the sign of the rotated half: x * cos + roll(x) * sin.
     qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
     assert CURRENT.batch is not None
-    out = paged_attention(
-        qk[:, : self.num_q],
-        qk[:, self.num_q :],
-        value,
-        self.layer_idx,
-        CURRENT.batch,
-        self.scaling,
+    out = CURRENT.batch.attend(
+        qk[:, : self.num_q], qk[:, self.num_q :], value, self.layer_idx, self.scaling
     )
     projected: torch.Tensor = self.o_proj(out.reshape(1, tokens, -1))
     return projected, None

@@ -8,74 +8,144 @@ whatever replica it continues. A draw is `argmax(logits / T + Gumbel noise)`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from tokenflow.replicas.executor.base import ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.executor.base import UNKNOWN, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.executor.transfer import upload
 from tokenflow.replicas.sampling.params import SamplingParams
 
 _NEG_INF = float("-inf")
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What was drawn for each row, on the device still."""
+
+    tokens: torch.Tensor
+    """int64 `[rows]`."""
+    logprob_rows: list[int]
+    """Those that ask for log-probabilities."""
+    logprob_counts: list[int]
+    """How many alternatives each of them asks for."""
+    logprobs: list[torch.Tensor]
+    """Empty, or: of the chosen tokens `[asking, 1]`; the likeliest `[asking, most]`, their ids."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All there is to bring to the host for `read`."""
+        return [self.tokens, *self.logprobs]
+
+    def read(self, tensors: Seq[torch.Tensor]) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Tokens and log-probabilities by row, from `tensors` on the host."""
+        tokens: list[int] = tensors[0].tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        if self.logprob_rows:
+            chosen, values, ids = (tensor.tolist() for tensor in tensors[1:])
+            for k, (i, n) in enumerate(zip(self.logprob_rows, self.logprob_counts, strict=True)):
+                top = list(zip(ids[k][:n], values[k][:n], strict=True))
+                logprobs[i] = TokenLogprobs(chosen[k][0], top)
+        return tokens, logprobs
 
 
 def sample(
     logits: torch.Tensor, rows: Seq[ScheduledSequence]
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Draw a token for each row of `logits`, float32 `[rows, vocab]` (modified in place)."""
-    wants_raw = any(r.params.logprobs is not None for r in rows)
-    raw = logits.clone() if wants_raw and _adjusts(rows) else logits
-    scores = _adjust(logits, rows)
+    drawn = draw(logits, rows)
+    return drawn.read([tensor.cpu() for tensor in drawn.tensors])
+
+
+def draw(
+    logits: torch.Tensor, rows: Seq[ScheduledSequence], last: torch.Tensor | None = None
+) -> Drawn:
+    """As `sample`, but the host waits for nothing. `last`, int64 `[rows]`, are the tokens that are
+    UNKNOWN in the rows' output; only looked at where there are such."""
+    asking = [i for i, r in enumerate(rows) if r.params.logprobs is not None]
+    raw = logits.clone() if asking and _adjusts(rows) else logits
+    scores = _adjust(logits, rows, last)
     tokens = scores.argmax(-1)
-    drawn = [i for i, r in enumerate(rows) if not r.params.greedy]
-    if drawn:
-        tokens[drawn] = _draw(scores[drawn], [rows[i] for i in drawn])
-    ids: list[int] = tokens.tolist()
-    return ids, _logprobs(raw, rows, ids)
+    random = [i for i, r in enumerate(rows) if not r.params.greedy]
+    if len(random) == len(rows):
+        tokens = _draw(scores, rows)
+    elif random:
+        (index,) = upload([np.array(random)], logits.device)
+        chosen = _draw(scores.index_select(0, index), [rows[i] for i in random])
+        tokens.index_copy_(0, index, chosen)
+    counts = [min(rows[i].params.logprobs or 0, logits.shape[1]) for i in asking]
+    logprobs = _logprobs(raw, asking, max(counts), tokens) if asking else []
+    return Drawn(tokens, asking, counts, logprobs)
 
 
 def _adjusts(rows: Seq[ScheduledSequence]) -> bool:
     return any(r.params.penalizes or r.params.logit_bias or r.suppress_ids for r in rows)
 
 
-def _adjust(logits: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
+def _adjust(
+    logits: torch.Tensor, rows: Seq[ScheduledSequence], last: torch.Tensor | None
+) -> torch.Tensor:
     """Penalties, biases and suppressed ids of the rows that ask for them; in place."""
     for i, row in enumerate(rows):
         if row.params.penalizes:
-            _penalize(logits[i], row)
+            _penalize(logits[i], row, None if last is None else last[i : i + 1])
         if row.params.logit_bias:
-            ids = torch.tensor(list(row.params.logit_bias), device=logits.device)
-            logits[i, ids] += torch.tensor(
-                list(row.params.logit_bias.values()), dtype=logits.dtype, device=logits.device
+            bias = row.params.logit_bias
+            ids, values = upload(
+                [np.array(list(bias)), np.array(list(bias.values()), np.float32)], logits.device
             )
+            logits[i].index_add_(0, ids, values)
         if row.suppress_ids and len(row.suppress_ids) < logits.shape[1]:
-            logits[i, list(row.suppress_ids)] = _NEG_INF
+            (ids,) = upload([np.array(row.suppress_ids)], logits.device)
+            logits[i].index_fill_(0, ids, _NEG_INF)
     return logits
 
 
-def _penalize(logits: torch.Tensor, row: ScheduledSequence) -> None:
+def _penalize(logits: torch.Tensor, row: ScheduledSequence, last: torch.Tensor | None) -> None:
     """One row, in place. Repetition over prompt and output, the others over the output only."""
     params = row.params
-    device = logits.device
+    known = row.output_ids
+    unknown = bool(known) and known[-1] == UNKNOWN
+    if unknown:
+        known = known[:-1]
+    prompt, output = upload(
+        [np.array(row.prompt_ids, np.int64), np.array(known, np.int64)], logits.device
+    )
+    if unknown:
+        assert last is not None
+        output = torch.cat([output, last])
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*row.prompt_ids, *row.output_ids], device=device).unique()
-        old = logits[seen]
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen.index_fill_(0, prompt, True).index_fill_(0, output, True)
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
-    if row.output_ids and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(list(row.output_ids), device=device).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits.copy_(torch.where(seen, changed, logits))
+    if len(output) and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.zeros_like(logits)
+        counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+        fine = params.presence_penalty + params.frequency_penalty * counts
+        logits.sub_(torch.where(counts > 0, fine, 0.0))
 
 
 def _draw(scores: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
     """Sample rows with temperature > 0; int64 `[rows]`."""
-    device = scores.device
     params = [r.params for r in rows]
-    temperature = torch.tensor([p.temperature for p in params], device=device)[:, None]
-    x = scores / temperature.clamp_min(1e-5)
+    temperature, seeds, positions = upload(
+        [
+            np.array([p.temperature for p in params], np.float32),
+            np.array([p.seed for p in params], np.int64),
+            np.array([len(r.output_ids) for r in rows], np.int64),
+        ],
+        scores.device,
+    )
+    x = scores / temperature[:, None].clamp_min(1e-5)
     filtered = [i for i, p in enumerate(params) if p.filters]
-    if filtered:
-        x[filtered] = _filter(x[filtered], [params[i] for i in filtered])
-    seeds = torch.tensor([p.seed for p in params], device=device)
-    positions = torch.tensor([len(r.output_ids) for r in rows], device=device)
+    if len(filtered) == len(rows):
+        x = _filter(x, params)
+    elif filtered:
+        (index,) = upload([np.array(filtered)], scores.device)
+        x.index_copy_(0, index, _filter(x.index_select(0, index), [params[i] for i in filtered]))
     noise = -torch.log(-torch.log(_uniform(seeds, positions, x.shape[1])))
     return (x + noise).argmax(-1)
 
@@ -84,11 +154,14 @@ def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
     """min-p and top-k, then top-p of what they leave, by one sort; the likeliest token stays."""
     device = x.device
     vocab = x.shape[1]
-    top_k = torch.tensor(
-        [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], device=device
+    top_k, top_p, min_p = upload(
+        [
+            np.array([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float32),
+            np.array([p.min_p for p in params], np.float32),
+        ],
+        device,
     )
-    top_p = torch.tensor([p.top_p for p in params], device=device)
-    min_p = torch.tensor([p.min_p for p in params], device=device)
     ordered, index = x.sort(dim=-1, descending=True, stable=True)
     drop = torch.arange(vocab, device=device)[None] >= top_k[:, None]
     drop |= ordered - ordered[:, :1] < min_p.log()[:, None]
@@ -113,17 +186,11 @@ def _uniform(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.
 
 
 def _logprobs(
-    raw: torch.Tensor, rows: Seq[ScheduledSequence], tokens: list[int]
-) -> list[TokenLogprobs | None]:
-    """From the unmodified distribution, for the rows that ask."""
-    out: list[TokenLogprobs | None] = [None] * len(rows)
-    for i, row in enumerate(rows):
-        n = row.params.logprobs
-        if n is None:
-            continue
-        logprobs = raw[i].log_softmax(-1)
-        # topk(0) is empty, which is what logprobs=0 asks for.
-        values, ids = logprobs.topk(min(n, logprobs.shape[0]))
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        out[i] = TokenLogprobs(float(logprobs[tokens[i]]), top)
-    return out
+    raw: torch.Tensor, asking: list[int], most: int, tokens: torch.Tensor
+) -> list[torch.Tensor]:
+    """`Drawn.logprobs`, from the unmodified distribution."""
+    (index,) = upload([np.array(asking)], raw.device)
+    logprobs = raw.index_select(0, index).log_softmax(-1)
+    chosen = logprobs.gather(1, tokens.index_select(0, index)[:, None])
+    # topk(0) is empty, which is what logprobs=0 asks for.
+    return [chosen, *logprobs.topk(most)]

@@ -17,8 +17,8 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    several tenants each is promised its share (fairness.py). Where memory is short, the streams of
    a tenant that asks for no more than its share of it are *favoured*: they come first, and those
    of the others leave at once for them.
-5. A step carries no more prompt tokens than its readers' slack allows, unless that would spend
-   more of the device on decoding than on prompts.
+5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
+   more than can be promised do prompts get most of the device all the same.
 
 A reader who pauses has no need of tokens: its stream comes onto the device only when nobody else
 wants it, and is the first to leave.
@@ -52,7 +52,7 @@ from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_bat
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 _PREFILL_SHARE = 4.0
-"""While prompts wait, a step may last this many times its decoding, whatever readers need."""
+"""While prompts wait on an overloaded device, a step may last this many times its decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,9 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        allowed_s = max(float(patience.min()), _PREFILL_SHARE * decode_s) - decode_s
+        contended = self.outlook.load.overloaded or bool(favoured.any())
+        least_s = _PREFILL_SHARE * decode_s if contended else 0.0
+        allowed_s = max(float(patience.min()), least_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
 
     def _unheld(self, rows: IntArray) -> IntArray:

@@ -46,7 +46,8 @@ class Bench:
         self.device = resolve_device(config.device)
         self.spec = inspect_model(directory, config, self.device)
         self.layout = self.spec.kv_layout(config.block_size)
-        blocks = plan_blocks(self.spec, config, available_bytes=free_memory_bytes(self.device))
+        memory_bytes = free_memory_bytes(self.device, config.tensor_parallel)
+        blocks = plan_blocks(self.spec, config, available_bytes=memory_bytes)
         self.host_slots = host_kv_tokens // config.block_size
         memory = private_host_memory(self.host_slots, self.layout, self.device)
         self.executor = RecordingExecutor(

@@ -156,6 +156,7 @@ def scenarios(policy: str) -> st.SearchStrategy[Scenario]:
                 name: switches
                 for name in ("offload", "write_through", "overlap_transfers", "prefix_cache")
             }
+            | {"async_scheduling": st.booleans()}
         ),
         params=policy_params(policy),
     )
@@ -233,7 +234,7 @@ class Run:
     def _change(engine: Engine, name: str, change: ReaderChange) -> None:
         for seq in engine.tracker.sequences:
             if seq.request_id == name:
-                made = len(seq.output_ids)
+                made = seq.drawn
                 if change.consumed is not None:
                     change = replace(change, consumed=made * change.consumed // 100)
                 assert engine.change_reader(name, change)

@@ -8,10 +8,17 @@ checksums, as in the torch executor.
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
-from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence, StepResult
+from tokenflow.replicas.executor.base import (
+    UNKNOWN,
+    CopyDone,
+    KVLayout,
+    ScheduledSequence,
+    StepResult,
+)
 from tokenflow.replicas.transfers import Commit
 
 VOCAB = 251
@@ -30,6 +37,15 @@ def expected_output(prompt: list[int], n: int) -> list[int]:
     for _ in range(n):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+class FakeStep(NamedTuple):
+    """A step whose result is looked at later; it ran when it was launched."""
+
+    done: StepResult
+
+    def result(self) -> StepResult:
+        return self.done
 
 
 class FakeExecutor:
@@ -52,9 +68,15 @@ class FakeExecutor:
         self.host = np.full((host_slots, block_size), -1)
         self.steps: list[list[tuple[int, int]]] = []
         self.closed = False
+        self.overlaps = False
+        self.last: dict[int, int] = {}
+        """The token last drawn for each slot."""
         self._jobs: list[list] = []
         self._sums: list[list] = []
         self._next_job = 0
+
+    def launch(self, batch: list[ScheduledSequence]) -> FakeStep:
+        return FakeStep(self.execute(batch))
 
     def execute(self, batch: list[ScheduledSequence]) -> StepResult:
         assert batch, "an empty step"
@@ -63,11 +85,16 @@ class FakeExecutor:
         bs = self.layout.block_size
         for s in batch:
             for i, token in enumerate(s.token_ids):
+                if token == UNKNOWN:
+                    assert i == len(s.token_ids) - 1 and s.output_ids[-1] == UNKNOWN
+                    token = self.last[s.slot]
                 position = s.start + i
                 self.kv[s.block_ids[position // bs], position % bs] = token
             end = s.start + len(s.token_ids)
             context = [int(self.kv[s.block_ids[p // bs], p % bs]) for p in range(end)]
             out.append(next_token(context) if s.sample else -1)
+            if s.sample:
+                self.last[s.slot] = out[-1]
         self.steps.append([(s.start, len(s.token_ids)) for s in batch])
         return StepResult(out, [None] * len(out))
 

@@ -4,22 +4,18 @@ Node or its packages cannot be had."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support import npm
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "node-client"
 PROTO = ROOT / "cluster" / "rpc" / "inference.proto"
-_INSTALL_TIMEOUT_S = 120
 
 
 def bare() -> list[str]:
@@ -27,33 +23,9 @@ def bare() -> list[str]:
     return [_node(), str(EXAMPLE / "bare.mjs")]
 
 
-@cache
 def installed() -> tuple[str, ...]:
     """The command of the client with its packages, which are installed into the user's cache."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed")
-    lock = (EXAMPLE / "package-lock.json").read_bytes()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenflow-tests"
-    folder = base / f"node-client-{hashlib.sha256(lock).hexdigest()[:16]}"
-    if not folder.exists():
-        base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base) as scratch:
-            made = Path(scratch) / "client"
-            made.mkdir()
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(EXAMPLE / name, made)
-            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-            try:
-                subprocess.run(
-                    command, cwd=made, check=True, capture_output=True, timeout=_INSTALL_TIMEOUT_S
-                )
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"npm ci failed: {error.stderr.decode(errors='replace')[:300]}")
-            except subprocess.TimeoutExpired:
-                pytest.skip(f"npm ci took more than {_INSTALL_TIMEOUT_S} s")
-            if not folder.exists():
-                made.rename(folder)
+    folder = npm.installed(EXAMPLE)
     script = folder / "stream.mjs"
     shutil.copy(EXAMPLE / "stream.mjs", script)
     return _node(), str(script), "--proto", str(PROTO)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import ray
-
 
 def ray_pids(title: str) -> list[int]:
     """Processes of the cluster this process is connected to whose title begins so."""
+    import ray  # not at the top: tests on a GPU machine run without Ray
+
     session = ray._private.worker.global_worker.node.get_session_dir_path()
     return [pid for pid, command in processes_of(session).items() if command.startswith(title)]
 
 
 def replica_pids() -> dict[str, int]:
     """The live replicas of this process's cluster: process by replica id, as metrics have it."""
+    import ray
+
     return {
         actor["Name"].rpartition("#")[2]: actor["Pid"]
         for actor in ray._private.state.actors().values()

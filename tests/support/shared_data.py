@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
+from tests.support.missing import missing
 
 _BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
 
@@ -15,8 +15,5 @@ def shared_file(relative: str) -> Path:
     repository. Where it is missing the test is skipped, but fails in CI, which must have it."""
     path = Path(os.environ.get("TOKENFLOW_SHARED", _BESIDE)) / relative
     if not path.exists():
-        reason = f"{path} is missing; set TOKENFLOW_SHARED to the folder of shared data"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing(f"{path} is missing; set TOKENFLOW_SHARED to the folder of shared data")
     return path

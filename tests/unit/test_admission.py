@@ -42,7 +42,7 @@ def registry(report: LoadReport | None) -> ReplicaRegistry:
 def test_whoever_starts_in_time_is_taken():
     judge(Outlook(1.0, 59.9, 3.0), max_ttft_s=60.0)
     judge(Outlook(1e9, 1e9, 3.0), max_ttft_s=None)
-    judge(Outlook(5.0, 5.4, 3.0), max_ttft_s=60.0, max_stall_s=0.5)
+    judge(Outlook(5.0, 5.0, 1.1, short_s=0.4), max_ttft_s=60.0, max_stall_s=0.5)
     judge(Outlook(5.0, 50.0, 3.0), max_ttft_s=60.0, time_left_s=5.1)
 
 
@@ -68,9 +68,9 @@ def test_the_others_hear_after_what_time_it_is_worth_a_try(ttft_s, bound, left, 
 
 def test_whoever_would_begin_and_then_pause_is_refused_where_that_is_asked_for():
     with pytest.raises(CapacityError, match=r"pause for 2\.0 s, the limit is 0\.5 s") as refused:
-        judge(Outlook(1.0, 3.0, 2.0), max_ttft_s=60.0, max_stall_s=0.5)
+        judge(Outlook(1.0, 2.0, 2.0, short_s=2.0), max_ttft_s=60.0, max_stall_s=0.5)
     assert refused.value.retry_after_s == pytest.approx(1.5)
-    judge(Outlook(1.0, 3.0, 2.0), max_ttft_s=60.0)
+    judge(Outlook(1.0, 2.0, 2.0, short_s=2.0), max_ttft_s=60.0)
 
 
 def test_a_full_cluster_refuses_and_an_idle_or_unknown_one_does_not():

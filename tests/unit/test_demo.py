@@ -12,6 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from tokenflow.cluster import demo
@@ -91,7 +92,7 @@ class FakeServer(ThreadingHTTPServer):
         )
         odd = replace(stats, resumes=moved - moved // 2)
         pair = [stats.to_dict() | {"replica_id": "a"}, odd.to_dict() | {"replica_id": "b"}]
-        return render(pair, ingress="i", streams=0, failovers=0, moves=0)
+        return render(pair, ingress="i", streams=0, failovers=0, moves=0, own=CollectorRegistry())
 
 
 class Servers:

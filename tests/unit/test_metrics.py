@@ -29,6 +29,7 @@ NAMES = {
     "offloaded_bytes": "tokenflow_offloaded_bytes_total",
     "written_through_bytes": "tokenflow_written_through_bytes_total",
     "loaded_bytes": "tokenflow_loaded_bytes_total",
+    "out_of_memory": "tokenflow_out_of_memory_steps_total",
     "transfer_errors": "tokenflow_transfer_errors_total",
     "corrupt_blocks": "tokenflow_corrupt_blocks_total",
     "prefix_queried_tokens": "tokenflow_prefix_queried_tokens_total",

@@ -2,155 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenflow.replicas.executor import attention
-from tokenflow.replicas.executor.attention import (
-    AttentionBatch,
-    DecodeBatch,
-    KVPool,
-    PrefillChunk,
-    chunk_mask,
-    paged_attention,
-)
+from tests.support.paged import RAGGED, Sequence, Setup, plain_attention
+from tokenflow.replicas.executor.attention import sdpa
+from tokenflow.replicas.executor.attention.pool import KVPool
+from tokenflow.replicas.executor.attention.sdpa import chunk_mask
 from tokenflow.replicas.executor.base import KVLayout
 
 CPU = torch.device("cpu")
-LAYERS = 2
-
-
-@dataclass
-class Sequence:
-    """All queries, keys and values of a sequence `[length, heads, head_dim]`; the step computes
-    the last `chunk` positions, the ones before are in the pool."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    chunk: int
-    decodes: bool
-    blocks: torch.Tensor
-
-    @property
-    def context(self) -> int:
-        return len(self.key) - self.chunk
-
-
-class Setup:
-    """A pool with blocks handed out in random order, and the sequences that own them."""
-
-    def __init__(
-        self,
-        lengths: list[tuple[int, int]],
-        *,
-        heads: int = 4,
-        kv_heads: int = 2,
-        head_dim: int = 16,
-        block_size: int = 4,
-        window: int | None = None,
-        dtype: str = "float32",
-        seed: int = 0,
-    ) -> None:
-        """`lengths`: (tokens in the pool, tokens of this step) of each sequence, those that decode
-        last. One token after a context decodes."""
-        self.random = torch.Generator().manual_seed(seed)
-        self.window = window
-        self.block_size = block_size
-        self.scale = head_dim**-0.5
-        needed = [-(-(context + chunk) // block_size) for context, chunk in lengths]
-        layout = KVLayout(LAYERS, block_size, kv_heads, head_dim, dtype)
-        self.pool = KVPool(layout, sum(needed) + 5, CPU)
-        # What an earlier owner left behind must not be seen.
-        self.pool.data.copy_(self.normal(*self.pool.data.shape) * 50)
-        order = torch.randperm(sum(needed) + 5, generator=self.random)
-        self.sequences = []
-        for (context, chunk), blocks in zip(lengths, needed, strict=True):
-            own, order = order[:blocks], order[blocks:]
-            n = context + chunk
-            sequence = Sequence(
-                self.normal(n, heads, head_dim).to(self.pool.data.dtype),
-                self.normal(n, kv_heads, head_dim).to(self.pool.data.dtype),
-                self.normal(n, kv_heads, head_dim).to(self.pool.data.dtype),
-                chunk,
-                chunk == 1 and context > 0,
-                own,
-            )
-            self.sequences.append(sequence)
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.random)
-
-    def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        return int(sequence.blocks[position // self.block_size]), position % self.block_size
-
-    def fill_context(self, layer: int) -> None:
-        for s in self.sequences:
-            for position in range(s.context):
-                block, offset = self.place(s, position)
-                self.pool.data[block, layer, 0, :, offset] = s.key[position]
-                self.pool.data[block, layer, 1, :, offset] = s.value[position]
-
-    def batch(self) -> AttentionBatch:
-        places = [
-            self.place(s, position)
-            for s in self.sequences
-            for position in range(s.context, len(s.key))
-        ]
-        blocks, offsets = torch.tensor(places).unbind(1)
-        batch = AttentionBatch(self.pool, self.pool.token_rows(blocks, offsets))
-        at = 0
-        for s in self.sequences:
-            if not s.decodes:
-                mask = chunk_mask(s.chunk, s.context, self.window, CPU)
-                rows = self.pool.block_rows(s.blocks[None])
-                batch.prefills.append(PrefillChunk(at, at + s.chunk, s.context, rows, mask))
-                at += s.chunk
-        decodes = [s for s in self.sequences if s.decodes]
-        if decodes:
-            wide = max(len(s.blocks) for s in decodes)
-            tables = torch.zeros(len(decodes), wide, dtype=torch.int64)
-            hidden = torch.ones(len(decodes), wide * self.block_size, dtype=torch.bool)
-            for i, s in enumerate(decodes):
-                tables[i, : len(s.blocks)] = s.blocks
-                first = 0 if self.window is None else max(0, len(s.key) - self.window)
-                hidden[i, first : len(s.key)] = False
-            batch.decodes = DecodeBatch(at, self.pool.block_rows(tables), self.pool.bias(hidden))
-        return batch
-
-    def run(self, layer: int = 1) -> torch.Tensor:
-        self.fill_context(layer)
-        query, key, value = (
-            torch.cat([getattr(s, name)[s.context :] for s in self.sequences])
-            for name in ("query", "key", "value")
-        )
-        return paged_attention(query, key, value, layer, self.batch(), self.scale)
-
-    def expected(self) -> torch.Tensor:
-        return torch.cat([plain_attention(s, self.scale, self.window) for s in self.sequences])
-
-
-def plain_attention(s: Sequence, scale: float, window: int | None) -> torch.Tensor:
-    """One query and one head at a time, in float32."""
-    query, key, value = s.query.float(), s.key.float(), s.value.float()
-    heads, group = query.shape[1], query.shape[1] // key.shape[1]
-    out = torch.zeros(s.chunk, heads, query.shape[2])
-    for i in range(s.chunk):
-        position = s.context + i
-        first = 0 if window is None else max(0, position - window + 1)
-        for head in range(heads):
-            k = key[first : position + 1, head // group]
-            v = value[first : position + 1, head // group]
-            weights = torch.exp(k @ query[position, head] * scale)
-            out[i, head] = (weights / weights.sum()) @ v
-    return out
-
-
-RAGGED = [(0, 1), (0, 9), (0, 4), (5, 7), (16, 3), (3, 1), (12, 1), (30, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("head_dim", [16, 64])
@@ -202,7 +65,7 @@ def test_half_precision_is_near_the_float32_reference(dtype):
 
 @pytest.mark.parametrize("scores", [1, 100, 1 << 21])
 def test_a_bfloat16_chunk_is_the_same_in_any_tiles(scores, monkeypatch):
-    monkeypatch.setattr(attention, "_TILE_SCORES", scores)
+    monkeypatch.setattr(sdpa, "_TILE_SCORES", scores)
     for window in (None, 5):
         setup = Setup([(0, 40), (17, 23), (3, 2)], heads=6, dtype="bfloat16", window=window)
         out = setup.run().float()
@@ -222,10 +85,9 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(chunks, window):
         whole.sequences = [
             Sequence(query[:end], key[:end], value[:end], n, n == 1 and start > 0, sequence.blocks)
         ]
+        batch = whole.backend.prepare(whole.step())
         parts.append(
-            paged_attention(
-                query[start:end], key[start:end], value[start:end], 0, whole.batch(), whole.scale
-            )
+            batch.attend(query[start:end], key[start:end], value[start:end], 0, whole.scale)
         )
         start = end
     torch.testing.assert_close(torch.cat(parts), expected, atol=2e-5, rtol=1e-4)
@@ -264,7 +126,7 @@ def test_inputs_may_be_strided_views():
     fused = torch.cat(packed, 1).split([4, 2, 2], 1)
     assert not any(x.is_contiguous() for x in (*heads_first, *fused))
     for query, key, value in (heads_first, fused):
-        out = paged_attention(query, key, value, 0, setup.batch(), setup.scale)
+        out = setup.backend.prepare(setup.step()).attend(query, key, value, 0, setup.scale)
         torch.testing.assert_close(out, setup.expected(), atol=2e-5, rtol=1e-4)
 
 
@@ -290,10 +152,11 @@ def test_the_mask_is_causal_and_no_wider_than_the_window(chunk, context, window)
 def test_one_block_of_all_layers_is_one_run_of_bytes():
     layout = KVLayout(3, 4, 2, 16, "bfloat16")
     pool = KVPool(layout, 5, CPU)
-    view = pool.bytes_view()
+    view = pool.bytes_view(5)
     assert tuple(view.shape) == (5, layout.block_bytes)
+    assert tuple(pool.bytes_view(4).shape) == (4, layout.block_bytes)
     assert not view.any()
-    rows = pool.token_rows(torch.full((4,), 2), torch.arange(4))
+    rows = pool.token_rows(2 * layout.block_size + torch.arange(4))
     ones = torch.ones(4, 2, 16, dtype=torch.bfloat16)
     for layer in range(3):
         pool.write(rows, layer, ones, ones)

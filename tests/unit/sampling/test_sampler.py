@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tokenflow.replicas.errors import InvalidRequestError
-from tokenflow.replicas.executor.base import ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.executor.base import UNKNOWN, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.sampling import sampler
 from tokenflow.replicas.sampling.params import MAX_LOGPROBS, SamplingParams
 from tokenflow.replicas.sampling.sampler import sample
 
@@ -418,3 +419,17 @@ def test_values_at_the_edge_are_taken_and_drawn_with(field, value):
 def test_a_top_k_beyond_64_bits_means_off():
     for seed in range(20):
         assert draw([LOGITS], [row(seed=seed, top_k=2**70)]) == draw([LOGITS], [row(seed=seed)])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"presence_penalty": 2.0}, {"frequency_penalty": 0.7}, {"repetition_penalty": 3.0}],
+)
+def test_a_token_that_only_the_device_knows_is_penalized_alike(params):
+    logits = torch.tensor([LOGITS, LOGITS])
+    known = [row((1,), (2, last), temperature=0.0, **params) for last in (0, 2)]
+    unknown = [row((1,), (2, UNKNOWN), temperature=0.0, **params)] * 2
+    expected = sampler._adjust(logits.clone(), known, None)
+    found = sampler._adjust(logits.clone(), unknown, torch.tensor([0, 2]))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found[0], found[1])

@@ -197,16 +197,16 @@ def test_a_stop_string_that_begins_before_min_tokens_counts_when_it_is_complete_
 def test_ids_that_would_end_too_early_are_suppressed():
     params = SamplingParams(max_tokens=9, min_tokens=2, stop_token_ids=(5,))
     text = TextStream(PieceTokenizer(["a", "b"]), params, (EOS,))
-    assert sorted(text.suppressed_ids) == [EOS, 5]
+    assert sorted(text.suppressed_ids()) == [EOS, 5]
     text.push(1)
-    assert sorted(text.suppressed_ids) == [EOS, 5]
+    assert sorted(text.suppressed_ids()) == [EOS, 5]
     text.push(1)
-    assert text.suppressed_ids == ()
+    assert text.suppressed_ids() == ()
 
 
 def test_an_ignored_end_of_sequence_is_not_suppressed():
     params = SamplingParams(max_tokens=9, min_tokens=2, ignore_eos=True)
-    assert TextStream(PieceTokenizer([]), params, (EOS,)).suppressed_ids == ()
+    assert TextStream(PieceTokenizer([]), params, (EOS,)).suppressed_ids() == ()
 
 
 @settings(deadline=None)

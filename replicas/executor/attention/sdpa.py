@@ -1,10 +1,4 @@
-"""Paged attention in plain torch: the CPU backend and the reference for every other one.
-
-The pool is block-major, `[num_blocks, layers, 2, kv_heads, block_size, head_dim]`, so one block of
-all layers is one contiguous copy. Within it heads come before tokens, so that a gather by (head,
-block) puts each head's keys in one piece, as batched matrix products want them. A step is one
-packed batch: prefill chunks first, then decoding sequences, one query each.
-"""
+"""Paged attention in plain torch: the CPU backend and the reference for every other one."""
 
 from __future__ import annotations
 
@@ -13,73 +7,69 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from tokenflow.replicas.executor.base import KVLayout
+from tokenflow.replicas.executor.attention.base import PackedStep
+from tokenflow.replicas.executor.attention.pool import KVPool
+from tokenflow.replicas.executor.transfer import upload
 
 _TILE_SCORES = 1 << 21
 """Scores at once of a prefill chunk: a few MiB, which stay in the cache."""
 
 
-class KVPool:
-    """The device KV memory. Zero-initialised: masked rows take part in a product with weight 0,
-    and 0 x NaN would not be 0."""
+class SdpaAttention:
+    """`AttentionBackend` for any device."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
-        self.layout = layout
-        self.data = torch.zeros(
-            num_blocks,
-            layout.layers,
-            2,
-            layout.kv_heads,
-            layout.block_size,
-            layout.head_dim,
-            dtype=getattr(torch, layout.dtype),
-            device=device,
+    name = "sdpa"
+
+    def __init__(self, pool: KVPool, window: int | None) -> None:
+        self._pool = pool
+        self._window = window
+
+    def prepare(self, step: PackedStep) -> SdpaBatch:
+        pool, device = self._pool, self._pool.device
+        block_size = pool.layout.block_size
+        first = step.num_prefills
+        seen = step.starts + step.lengths
+        blocks = (seen - 1) // block_size + 1
+        wide = int(blocks[first:].max(initial=0))
+        places, decode_tables, decode_seen, *tables = upload(
+            [
+                step.places,
+                step.block_tables[first:, :wide],
+                seen[first:],
+                *(step.block_tables[k : k + 1, : blocks[k]] for k in range(first)),
+            ],
+            device,
         )
-        self._tokens = self.data.view(-1, layout.head_dim)
-        """A row for each block, layer, K or V, head and token."""
-        self._blocks = self.data.view(-1, layout.block_size * layout.head_dim)
-        """A row for each block, layer, K or V, and head."""
-        self._heads = torch.arange(layout.kv_heads, device=device)
+        batch = SdpaBatch(pool, pool.token_rows(places))
+        at = 0
+        for k, table in enumerate(tables):
+            length, context = int(step.lengths[k]), int(step.starts[k])
+            mask = chunk_mask(length, context, self._window, device)
+            batch.prefills.append(
+                PrefillChunk(at, at + length, context, pool.block_rows(table), mask)
+            )
+            at += length
+        if first < len(seen):
+            batch.decodes = self._decodes(at, decode_seen, decode_tables)
+        return batch
 
-    def bytes_view(self) -> torch.Tensor:
-        """uint8 `[num_blocks, block_bytes]` over the same memory."""
-        return self.data.view(self.data.shape[0], -1).view(torch.uint8)
+    def prepare_decode(self, positions: torch.Tensor, tables: torch.Tensor) -> SdpaBatch:
+        pool = self._pool
+        rows = pool.token_rows(pool.places(positions, tables))
+        return SdpaBatch(pool, rows, decodes=self._decodes(0, positions + 1, tables))
 
-    def token_rows(self, block_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Where `write` puts tokens, int64 `[tokens, kv_heads]`; arguments int64 `[tokens]`."""
-        rows = self._first_rows(block_ids)[:, None] + self._heads
-        return rows * self.layout.block_size + offsets[:, None]
-
-    def block_rows(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """What `read` gathers, int64 `[sequences, kv_heads, blocks]`, for int64 `[sequences,
-        blocks]`."""
-        return self._first_rows(block_ids)[:, None] + self._heads[:, None]
-
-    def _first_rows(self, block_ids: torch.Tensor) -> torch.Tensor:
-        return block_ids * (2 * self.layout.layers * self.layout.kv_heads)
-
-    def bias(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`DecodeBatch.bias` for bool `[sequences, tokens]`, true where a token is not seen."""
-        bias = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device)
+    def _decodes(self, start: int, seen: torch.Tensor, tables: torch.Tensor) -> DecodeBatch:
+        """`seen`: tokens each sequence attends to, its own included, without a window."""
+        pool = self._pool
+        tokens = tables.shape[1] * pool.layout.block_size
+        places = torch.arange(tokens, device=seen.device)[None]
+        hidden = places >= seen[:, None]
+        if self._window is not None:
+            hidden |= places < seen[:, None] - self._window
+        bias = torch.zeros(hidden.shape, dtype=pool.data.dtype, device=seen.device)
         bias.masked_fill_(hidden, float("-inf"))
-        return bias.repeat_interleave(self.layout.kv_heads, 0)[:, None]
-
-    def write(self, rows: torch.Tensor, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """K and V of a step's tokens, `[tokens, kv_heads, head_dim]` each."""
-        stride = self.layout.kv_heads * self.layout.block_size
-        self._tokens[rows + 2 * layer * stride] = key
-        self._tokens[rows + (2 * layer + 1) * stride] = value
-
-    def read(self, rows: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of each sequence and head in order, contiguous `[sequences * kv_heads, blocks *
-        block_size, head_dim]` each."""
-        flat = rows.flatten()
-        kv_heads = self.layout.kv_heads
-        shape = (rows.shape[0] * kv_heads, -1, self.layout.head_dim)
-        # index_select is 1.6 times faster on a CPU than advanced indexing.
-        keys = self._blocks.index_select(0, flat + 2 * layer * kv_heads)
-        values = self._blocks.index_select(0, flat + (2 * layer + 1) * kv_heads)
-        return keys.view(shape), values.view(shape)
+        bias = bias.repeat_interleave(pool.layout.kv_heads, 0)[:, None]
+        return DecodeBatch(start, pool.block_rows(tables), bias)
 
 
 @dataclass(slots=True)
@@ -122,8 +112,8 @@ class DecodeBatch:
 
 
 @dataclass(slots=True)
-class AttentionBatch:
-    """What attention must know of one step; shared by all layers."""
+class SdpaBatch:
+    """`AttentionBatch` of this backend."""
 
     pool: KVPool
     write_rows: torch.Tensor
@@ -131,27 +121,21 @@ class AttentionBatch:
     prefills: list[PrefillChunk] = field(default_factory=list)
     decodes: DecodeBatch | None = None
 
-
-def paged_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: int,
-    batch: AttentionBatch,
-    scale: float,
-) -> torch.Tensor:
-    """Write K and V of the step into the pool and attend over each sequence's own blocks.
-
-    query `[tokens, heads, head_dim]`, key and value `[tokens, kv_heads, head_dim]`, rotary already
-    applied; returns `[tokens, heads, head_dim]`.
-    """
-    batch.pool.write(batch.write_rows, layer, key, value)
-    parts = [
-        _prefill(query, key, value, chunk, batch.pool, layer, scale) for chunk in batch.prefills
-    ]
-    if batch.decodes is not None:
-        parts.append(_decode(query, batch.decodes, batch.pool, layer, scale))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: int,
+        scale: float,
+    ) -> torch.Tensor:
+        self.pool.write(self.write_rows, layer, key, value)
+        parts = [
+            _prefill(query, key, value, chunk, self.pool, layer, scale) for chunk in self.prefills
+        ]
+        if self.decodes is not None:
+            parts.append(_decode(query, self.decodes, self.pool, layer, scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _prefill(
