@@ -247,7 +247,8 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        least_s = _PREFILL_SHARE * decode_s if self.outlook.load.overloaded else 0.0
+        contended = self.outlook.load.overloaded or bool(favoured.any())
+        least_s = _PREFILL_SHARE * decode_s if contended else 0.0
         allowed_s = max(float(patience.min()), least_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
 
