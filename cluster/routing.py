@@ -27,6 +27,9 @@ _HEADROOM_S = 0.2
 """Seconds that a full replica is worse than an empty one where the first token is as near."""
 _NOISE = 2.0
 """Measured speeds that differ by less than that factor are taken to be equal."""
+_CALM = 0.85
+"""Of the rates that can be promised, what can be kept although prompts come in at random: at more,
+somebody's text pauses now and then."""
 _NEAR_S = 0.005
 """Replicas whose scores differ by less are taken by lot: routers that know the same do not all
 choose the same."""
@@ -163,8 +166,8 @@ class Outlook:
     measured: bool = True
     """False: nobody has measured any speed yet, and this is only good for comparing."""
     short_s: float = 0.0
-    """Seconds until those who read there ask for no more than can be promised: if it begins before,
-    somebody's text pauses."""
+    """Seconds until those who read there ask for no more than can be kept at any moment (`_CALM`): if
+    it begins before, somebody's text may pause."""
 
     @property
     def score(self) -> float:
@@ -205,8 +208,9 @@ def outlook(
     waiting = max(_excess(memory), min(_excess(rates), _excess(device)))
     drain_s = before / capacity
     ttft_s = waiting * drain_s + (1.0 - waiting) * prefill
-    short_s = _excess(rates) * drain_s
-    return Outlook(ttft_s, max(ttft_s, short_s), max(rates, memory), measured, short_s)
+    promised_s = max(ttft_s, _excess(rates) * drain_s)
+    short_s = _excess(rates / _CALM) * drain_s
+    return Outlook(ttft_s, promised_s, max(rates, memory), measured, short_s)
 
 
 def _excess(utilisation: float) -> float:

@@ -76,6 +76,16 @@ def test_where_the_device_has_room_a_reader_begins_before_his_rate_can_be_promis
     assert seen.promised_s == pytest.approx(4.0)
 
 
+def test_readers_may_go_short_before_all_that_can_be_promised_is_asked_for():
+    def short(rate: float) -> float:
+        return outlook(view(rate=rate - ASK.rate, remaining_tokens=3000), ASK).short_s
+
+    calm = 0.85 * 0.92 * 1000.0
+    assert short(0.99 * calm) == 0.0
+    # Twice as much: half of the three seconds of work.
+    assert short(2.0 * calm) == pytest.approx(1.5)
+
+
 def test_memory_that_is_spoken_for_drains_as_well():
     full = view(kv_tokens=200_000, remaining_tokens=10_000)
     assert outlook(full, ASK).ttft_s == pytest.approx(0.5 * 10.0, rel=0.02)
