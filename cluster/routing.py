@@ -166,8 +166,8 @@ class Outlook:
     measured: bool = True
     """False: nobody has measured any speed yet, and this is only good for comparing."""
     short_s: float = 0.0
-    """Seconds until those who read there ask for no more than can be kept at any moment (`_CALM`): if
-    it begins before, somebody's text may pause."""
+    """Seconds until those who read there ask for no more than can be kept at any moment (`_CALM`):
+    if it begins before, somebody's text may pause."""
 
     @property
     def score(self) -> float:
