@@ -580,6 +580,9 @@ class Ingress(Probes):
         tracing = getattr(self, "_tracing", None)
         if tracing is not None:
             tracing.close()
+        streams = getattr(self, "_streams", None)
+        if streams is not None:
+            streams.hang_up()
 
     async def _model_info(self) -> dict[str, Any]:
         if self._info is None:

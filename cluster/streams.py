@@ -86,6 +86,8 @@ class StreamManager:
         self._early: defaultdict[str, list[TokenEvent]] = defaultdict(list)
         """Events of requests that are being adopted, by attempt id."""
         self._pumps: dict[str, asyncio.Task[None]] = {}
+        self._ends = False
+        """Whether this process ends, and listens no more."""
         self._watch = ReplicaWatch(replica_silence_s)
         self._look_s = min(replica_silence_s / _LOOKS_PER_SILENCE, _LONGEST_LOOK_S)
         self._calls = ReplicaCalls(handle, look_s=self._look_s)
@@ -392,6 +394,14 @@ class StreamManager:
         if self._watcher is None:
             self._watcher = self._spawn(self._look_after_replicas())
 
+    def hang_up(self) -> None:
+        """Stop listening, since this process ends: replicas that are to stop as well would wait for
+        its calls. Its streams stay where they are, for the ingress that their clients come back to.
+        On the event loop's thread."""
+        self._ends = True
+        for pump in list(self._pumps.values()):
+            pump.cancel()
+
     async def _pump(self, replica_id: str) -> None:
         """Fetch the frames of one replica until it is lost."""
         frames = self._calls.frames(self.ingress_id, replica_id)
@@ -416,7 +426,8 @@ class StreamManager:
             self._watch.forget(replica_id)
             REGISTRY.trust(replica_id)
             self._stale.pop(replica_id, None)
-            self._abandon(replica_id)
+            if not self._ends:
+                self._abandon(replica_id)
 
     def _take(self, event: TokenEvent) -> None:
         """Give an event to its stream."""

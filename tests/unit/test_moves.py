@@ -243,6 +243,23 @@ async def test_another_ingress_takes_over_between_two_tokens(handle, manager):
         task.cancel()
 
 
+async def test_an_ingress_that_ends_leaves_its_streams_where_they_are(handle, manager):
+    stream = await opened(manager, context=b"c")
+    old, new = home(handle, stream)
+    await step(stream, old, 3)
+    manager.hang_up()
+    await until(lambda: not manager._pumps)
+    assert stream.replica_id == old.name and not old.cancelled and not new.submissions
+    other = StreamManager(handle, failover_timeout_s=5, replica_silence_s=0.4)
+    (taken,) = await other.adopt("r")
+    other.read_again(taken, 3)
+    second = reading(taken)
+    old.step(LIMIT)
+    assert await second == WHOLE[3:]
+    for task in list(other._calls.tasks):
+        task.cancel()
+
+
 async def test_control_reaches_a_stream_through_any_ingress(handle, manager):
     stream = await opened(manager)
     read = reading(stream)
