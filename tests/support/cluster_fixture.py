@@ -21,7 +21,7 @@ KV_TOKENS = 4 * 256
 class Server:
     cluster: LocalCluster
     config: ClusterConfig
-    traces_port: int
+    traces_port: int = 0
     """Where traces of requests go whose clients want them; nobody listens."""
 
     @property
