@@ -77,14 +77,6 @@ async def threaded(iterator):
             await asyncio.to_thread(iterator.close)
 
 
-@pytest.fixture
-async def fake():
-    inference = FakeInference()
-    server, inference.address = await start(inference)
-    yield inference
-    await server.stop(None)
-
-
 @pytest.fixture(params=[AsyncClient, Sync], ids=["async", "sync"])
 async def client(fake, request):
     client = request.param(fake.address, retries=QUICK)

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import grpc
-import pytest
 
 from tests.support import node_client
-from tests.support.fake_inference import TEXT, Behave, FakeInference, start
-
-
-@pytest.fixture
-async def fake():
-    inference = FakeInference()
-    server, inference.address = await start(inference)
-    yield inference
-    await server.stop(None)
+from tests.support.fake_inference import TEXT, Behave
 
 
 async def test_without_any_package(fake):

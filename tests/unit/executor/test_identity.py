@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.engines import make_request
+from tests.support.engines import answers, make_request
 from tests.support.fake_executor import FakeHost
 from tests.support.tiny_models import FAMILIES, make_checkpoint, make_tokenizer, reference
 from tests.support.triton_interpreter import interpret
@@ -70,14 +70,7 @@ def build(
 
 
 def run(engine, requests) -> dict[str, list[int]]:
-    for request in requests:
-        engine.add(request)
-    out: dict[str, list[int]] = {}
-    while engine.has_work:
-        if not engine.step():
-            engine.wait_for_transfers(0.01)
-        for event in engine.take_events():
-            out.setdefault(event.request_id, []).append(event.token_id)
+    out = answers(engine, requests)
     engine.executor.close()
     return out
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.engines import make_request
+from tests.support.engines import answers, make_request
 from tests.support.fake_executor import FakeHost
 from tests.support.paged import RAGGED, Setup
 from tests.support.tiny_models import make_checkpoint, make_tokenizer, reference
@@ -100,15 +100,9 @@ def test_greedy_text_is_that_of_transformers_through_preemption(checkpoint, back
     )
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 500, (n,), generator=generator).tolist() for n in LENGTHS]
-    out: dict[str, list[int]] = {}
+    requests = [make_request(f"{i}", p, TOKENS, rate=0.5) for i, p in enumerate(prompts)]
     try:
-        for i, prompt in enumerate(prompts):
-            engine.add(make_request(f"{i}", prompt, TOKENS, rate=0.5))
-        while engine.has_work:
-            if not engine.step():
-                engine.wait_for_transfers(0.01)
-            for event in engine.take_events():
-                out.setdefault(event.request_id, []).append(event.token_id)
+        out = answers(engine, requests)
     finally:
         executor.close()
     assert engine.stats.preempted_offload > 0

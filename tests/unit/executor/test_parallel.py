@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from tests.support.engines import make_request
+from tests.support.engines import answers, make_request
 from tests.support.fake_executor import FakeHost
 from tests.support.tiny_models import make_checkpoint, make_tokenizer, reference
 from tokenflow.replicas.config import EngineConfig
@@ -27,18 +27,6 @@ TOKENS = 24
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(2, 500, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
-def run(engine, requests) -> dict[str, list[int]]:
-    for request in requests:
-        engine.add(request)
-    out: dict[str, list[int]] = {}
-    while engine.has_work:
-        if not engine.step():
-            engine.wait_for_transfers(0.01)
-        for event in engine.take_events():
-            out.setdefault(event.request_id, []).append(event.token_id)
-    return out
 
 
 def engine_on(executor, spec, policy) -> Engine:
@@ -76,7 +64,7 @@ def test_two_ranks_draw_the_tokens_of_one(family, changes, fuse, tmp_path):
     try:
         greedy = [make_request(f"{i}", p, TOKENS, rate=0.5) for i, p in enumerate(prompts())]
         engine = engine_on(executor, spec, "fcfs")
-        out = run(engine, greedy)
+        out = answers(engine, greedy)
         assert engine.stats.preempted_recompute > 0
         for i, prompt in enumerate(prompts()):
             assert out[f"{i}"] == reference(path, prompt, TOKENS)
@@ -84,13 +72,13 @@ def test_two_ranks_draw_the_tokens_of_one(family, changes, fuse, tmp_path):
             make_request(f"{i}", p, TOKENS, temperature=0.9, top_p=0.9, seed=i, logprobs=1)
             for i, p in enumerate(prompts())
         ]
-        sampled = run(engine_on(executor, spec, "slack"), drawn)
+        sampled = answers(engine_on(executor, spec, "slack"), drawn)
     finally:
         executor.close()
     whole = build_executor(
         spec, EngineConfig(block_size=8, max_num_seqs=16, cpu_threads=1, fuse=fuse), num_blocks=200
     )
-    assert sampled == run(engine_on(whole, spec, "slack"), drawn)
+    assert sampled == answers(engine_on(whole, spec, "slack"), drawn)
     whole.close()
 
 
@@ -101,7 +89,7 @@ def test_a_lost_rank_ends_the_executor_at_once():
         os.kill(executor._workers[0]._process.pid, signal.SIGKILL)
         engine = engine_on(executor, spec, "fcfs")
         with pytest.raises(RankLostError, match="rank 1 of the tensor-parallel model failed"):
-            run(engine, [make_request("a", [1, 2, 3], 8)])
+            answers(engine, [make_request("a", [1, 2, 3], 8)])
     finally:
         executor.close()
 
@@ -142,7 +130,7 @@ def test_the_factory_makes_the_parallel_executor():
     engine = build_engine("random:tiny", config, FakeHost(0), num_blocks=blocks)
     try:
         assert isinstance(engine.executor, ParallelExecutor)
-        assert len(run(engine, [make_request("a", [1, 2, 3], 4)])["a"]) == 4
+        assert len(answers(engine, [make_request("a", [1, 2, 3], 4)])["a"]) == 4
     finally:
         engine.executor.close()
 
@@ -157,6 +145,6 @@ def test_two_gpus_draw_the_tokens_of_one():
         engine = build_engine(
             "random:tiny", settings, FakeHost(0), device="cuda", num_blocks=4096 // 16
         )
-        outs.append(run(engine, [make_request(f"{i}", p, 64) for i, p in enumerate(prompts())]))
+        outs.append(answers(engine, [make_request(f"{i}", p, 64) for i, p in enumerate(prompts())]))
         engine.executor.close()
     assert outs[0] == outs[1]
