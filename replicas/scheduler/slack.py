@@ -13,12 +13,12 @@ The rules, in seconds rather than tokens so that they hold for every rate:
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
    with so much left that it would end alone, after all others, runs first (*late*).
 4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
-   beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
-   several tenants each is promised its share (fairness.py). Where memory is short, the streams of
-   a tenant that asks for no more than its share of it are *favoured*: they come first, and those
-   of the others leave at once for them.
+   beyond are *parked*: they run on what the promised ones leave and are first to make room.
 5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
    more than can be promised do prompts get most of the device all the same.
+6. Of several tenants each is promised its share (fairness.py). Where there is not enough for all,
+   those that a share covers are *favoured*: they come first, others leave at once for them, and
+   what their first tokens wait for is kept short (sharing.py).
 
 A reader who pauses has no need of tokens: its stream comes onto the device only when nobody else
 wants it, and is the first to leave.
@@ -46,9 +46,9 @@ from tokenflow.replicas.scheduler.capacity import (
     sustained,
     unpromised,
 )
-from tokenflow.replicas.scheduler.fairness import modest
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.sharing import share_step, within_share
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 _PREFILL_SHARE = 4.0
@@ -107,16 +107,15 @@ class _Outlook:
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.favoured: BoolArray = self.late
         if tracker.shared_by_tenants:
-            wants = (tracker.context + np.maximum(self.remaining, 0)) * ~tracker.paused
-            self.favoured = modest(tracker.tenant, wants.astype(np.float64), view.kv_tokens)
+            self.favoured = within_share(view, self.remaining)
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
         gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
+        first = self.favoured if tracker.shared_by_tenants else None
+        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives, first)
         if parked is not None:
             self.parked = parked
-            self.favoured = self.favoured & ~parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
@@ -174,7 +173,12 @@ class _Victims:
         self.view = view
         rows = np.concatenate([rests, yields])
         self.rows: list[int] = rows.tolist()
-        self.blocks: list[int] = view.tracker.blocks[rows].tolist()
+        blocks, released = view.tracker.blocks[rows], view.released_now(rows)
+        if len(yields):
+            # Who has not begun leaves nothing to copy.
+            released = np.where(view.tracker.computed[rows] == 0, blocks, released)
+        self.blocks: list[int] = blocks.tolist()
+        self.released: list[int] = released.tolist()
         self.slack_s: list[float] = outlook.slack[rows].tolist()
         self.gains: list[bool] = outlook.gains[rows].tolist()
         self.yields = [False] * len(rests) + [True] * len(yields)
@@ -182,16 +186,16 @@ class _Victims:
     def take(self, chosen: list[int]) -> list[_Victim]:
         """Those at these places, ascending, who are in line no more."""
         rows = np.array([self.rows[i] for i in chosen], np.int64)
-        columns = (
-            rows,
-            self.view.tracker.blocks[rows],
-            self.view.released_now(rows),
-            self.view.slots_to_offload(rows),
-        )
+        slots = self.view.slots_to_offload(rows).tolist()
+        leaving = [
+            _Victim(self.rows[i], self.blocks[i], self.released[i], needs)
+            for i, needs in zip(chosen, slots, strict=True)
+        ]
+        columns = (self.rows, self.blocks, self.released, self.slack_s, self.gains, self.yields)
         for i in reversed(chosen):
-            for column in (self.rows, self.blocks, self.slack_s, self.gains, self.yields):
+            for column in columns:
                 del column[i]
-        return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
+        return leaving
 
 
 class _Pass:
@@ -222,11 +226,20 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
-        favoured = self.outlook.favoured[rows]
-        if favoured.any():
-            rows = rows[np.argsort(~favoured, kind="stable")]
-        self.plan.batch = compose_batch(self.view, rows, prefill_tokens=self._chunk(rows))
+        limit = self._chunk(rows)
+        if self.tracker.shared_by_tenants:
+            rows, limit = self._shared(rows, limit)
+        self.plan.batch = compose_batch(self.view, rows, prefill_tokens=limit)
         return self.plan
+
+    def _shared(self, rows: IntArray, limit: int | None) -> tuple[IntArray, int | None]:
+        """Rule 6: who takes part in a step of several tenants, and its most prompt tokens."""
+        outlook, tracker = self.outlook, self.tracker
+        can_wait = tracker.elastic[rows] | outlook.parked[rows]
+        patience_s = np.where(can_wait, np.inf, outlook.slack[rows])
+        return share_step(
+            self.view, rows, self.pending[rows], outlook.favoured[rows], patience_s, limit
+        )
 
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
@@ -235,11 +248,6 @@ class _Pass:
         per_token = cost.prefill_s(1)
         if per_token <= 0 or decoding.all():
             return None
-        favoured = self.outlook.favoured
-        if favoured.any() and not favoured[rows[~decoding]].any():
-            # One of them that comes now has the step of the others to wait for.
-            decode_s = cost.step_s(int(decoding.sum()), float(self.context[rows[decoding]].sum()))
-            return max(int(decode_s / per_token), self.view.block_size)
         rows = rows[decoding]
         hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
         readers = rows[hurried]
@@ -247,7 +255,7 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        contended = self.outlook.load.overloaded or bool(favoured.any())
+        contended = self.outlook.load.overloaded or bool(self.outlook.favoured.any())
         least_s = _PREFILL_SHARE * decode_s if contended else 0.0
         allowed_s = max(float(patience.min()), least_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
@@ -326,18 +334,22 @@ class _Pass:
         favoured = self.outlook.favoured
         if not favoured.any():
             return _Victims(self.view, rests, rows[:0], self.outlook)
-        yields = ~(favoured[rows] | leaves) & stayed & (self.pending[rows] == 1)
+        yields = (stayed & (self.pending[rows] == 1)) | (tracker.computed[rows] == 0)
+        yields &= ~(favoured[rows] | leaves)
         return _Victims(self.view, rests, rows[yields][::-1], self.outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
-        missing = blocks - self.free - self.coming_free
+        favoured = self.outlook.favoured[row]
+        missing, gives = blocks - self.free - self.coming_free, victims.blocks
+        if favoured and sum(victims.released) >= blocks - self.free:
+            # Its first token does not wait for copies.
+            missing, gives = blocks - self.free, victims.released
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
         chosen: list[int] = []
-        favoured = self.outlook.favoured[row]
         for i, (gains, yields) in enumerate(zip(victims.gains, victims.yields, strict=True)):
             if missing <= 0 and (chosen or not needs_place):
                 break
@@ -346,7 +358,7 @@ class _Pass:
             if not yields and gains and (only_held or victims.slack_s[i] < floor):
                 continue
             chosen.append(i)
-            missing -= victims.blocks[i]
+            missing -= gives[i]
         if not chosen or missing > 0:
             return []
         leaving = victims.take(chosen)

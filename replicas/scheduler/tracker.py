@@ -69,6 +69,7 @@ class Tracker:
         self._running: IntArray | None = None
         self._waiting: IntArray | None = None
         self._views: dict[str, NDArray[np.generic]] = {}
+        self._arrived: IntArray | None = None
         self._in_turn: IntArray | None = None
         self._longest_first: IntArray | None = None
 
@@ -116,7 +117,8 @@ class Tracker:
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._context = self._alone = self._in_turn = self._longest_first = None
+        self._context = self._alone = None
+        self._arrived = self._in_turn = self._longest_first = None
         self._views.clear()
         self._forget_places()
 
@@ -326,8 +328,13 @@ class Tracker:
         return self._of_tenant[tenant]
 
     def _turns(self, cost: IntArray | FloatArray) -> FloatArray:
-        arrived = np.lexsort((self.order, self.arrival_s))
-        return turns(self.tenant, arrived, cost.astype(np.float64))
+        return turns(self.tenant, self.arrived(), cost.astype(np.float64))
+
+    def arrived(self) -> IntArray:
+        """All rows in order of arrival."""
+        if self._arrived is None:
+            self._arrived = np.lexsort((self.order, self.arrival_s))
+        return self._arrived
 
     def longest_first(self) -> IntArray:
         """All rows, the highest limit first."""
