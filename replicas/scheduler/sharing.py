@@ -51,9 +51,9 @@ def share_step(
 
     Prompts of favoured ones that fit have a step to themselves and those who cannot wait for the
     next one. Else prompts come, few at a time, in the order in which they would end if every tenant
-    had an equal part of the device [fair sojourns: Friedman and Henderson 2003]. All of shape
-    [len(rows)]: `pending`, tokens without KV; `favoured`; `patience_s`, how long each stream can do
-    without a token.
+    had an equal part of the device [fair sojourns: Friedman and Henderson 2003]. Shapes:
+    `favoured` [len(tracker)]; `pending`, tokens without KV, and `patience_s`, how long each stream
+    can do without a token, [len(rows)].
     """
     prompt = pending > 1
     per_token = view.cost.prefill_s(1)
@@ -61,14 +61,16 @@ def share_step(
         return rows, limit
     decodes = rows[~prompt]
     decode_s = view.cost.step_s(len(decodes), float(view.tracker.context[decodes].sum()))
-    first = prompt & favoured
+    own = favoured[rows]
+    first = prompt & own
     waiting = int(pending[first].sum())
     if waiting and (limit is None or waiting <= limit):
         until_s = waiting * per_token + 2 * decode_s
-        return rows[first | (~prompt & (favoured | (patience_s < until_s)))], waiting
+        return rows[first | (~prompt & (own | (patience_s < until_s)))], waiting
     prompts = rows[prompt]
-    ends = turns(view.tracker.tenant[prompts], np.arange(len(prompts)), pending[prompt])
-    prompts = prompts[np.lexsort((ends + pending[prompt], ~favoured[prompt]))]
+    asks = pending[prompt].astype(np.float64)
+    ends = turns(view.tracker.tenant[prompts], np.arange(len(prompts)), asks) + asks
+    prompts = prompts[np.lexsort((ends, ~own[prompt]))]
     if not waiting and decode_s > 0:
         share = _OTHERS_SHARE if favoured.any() else _MOST_SHARE
         most = max(int(share * decode_s / per_token), view.block_size)

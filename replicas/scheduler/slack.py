@@ -237,9 +237,8 @@ class _Pass:
         outlook, tracker = self.outlook, self.tracker
         can_wait = tracker.elastic[rows] | outlook.parked[rows]
         patience_s = np.where(can_wait, np.inf, outlook.slack[rows])
-        return share_step(
-            self.view, rows, self.pending[rows], outlook.favoured[rows], patience_s, limit
-        )
+        pending = self.pending[rows]
+        return share_step(self.view, rows, pending, outlook.favoured, patience_s, limit)
 
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
