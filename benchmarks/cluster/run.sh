@@ -12,6 +12,7 @@ run() {
     tokenflow simulate-cluster "$@" --json "$out/cluster-$name.json"
 }
 
+python "$here/cost.py" --settings flat,steps --repeats 3 --json "$out/cluster-cost.json"
 python "$here/router_cost.py" --json "$out/cluster-router-cost.json"
 python "$here/burst.py" --share 0.25 --json "$out/cluster-burst.json"
 python "$here/overload.py" --share 0.4 --json "$out/cluster-overload.json"
