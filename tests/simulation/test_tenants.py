@@ -1,4 +1,7 @@
-"""Tenants on one simulated GPU, one or two of which flood it."""
+"""Tenants on one simulated GPU: one is being served when one or two others flood it.
+
+(A tenant that is not there yet when the flood comes may find a longer step under way.)
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tokenflow.replicas.simulator.workload import Arrival, burst, poisson, reque
 
 OUTPUT = 300
 RATE = 20.0
+FLOOD_AT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,19 @@ class Case:
 
     def quiet(self) -> list[Arrival]:
         rng = random.Random(self.seed)
-        times = poisson(self.per_second, self.seconds, rng)
+        times = [0.0, *poisson(self.per_second, self.seconds, rng)]
         arrivals = requests(times, self.prompt, OUTPUT, [(self.rate, 1.0)], rng)
-        return [replace(a, at_s=a.at_s + 5.0, tenant="quiet") for a in arrivals]
+        return [replace(a, tenant="quiet") for a in arrivals]
 
     def flooding(self) -> list[Arrival]:
         rng = random.Random(99)
         count = self.flood * self.floods
         rates = [(self.flood_rate, 1.0)]
         arrivals = requests(burst(count), self.flood_prompt, OUTPUT, rates, rng)
-        return [replace(a, tenant=f"flood{i % self.floods}") for i, a in enumerate(arrivals)]
+        return [
+            replace(a, at_s=FLOOD_AT_S, tenant=f"flood{i % self.floods}")
+            for i, a in enumerate(arrivals)
+        ]
 
     def ttft_p99_s(self, flooding: list[Arrival]) -> float:
         """Of the quiet tenant."""
@@ -68,7 +75,7 @@ CASES = {
     "plain": Case(),
     "another seed": Case(seed=1),
     "long prompts": Case(setting="rtx4090-b", prompt=1024, flood_prompt=1024, per_second=0.4),
-    "faster": Case(setting="h200-a", per_second=3.0, seconds=4.0, flood=500),
+    "faster": Case(setting="h200-a", per_second=3.0, seconds=6.0, flood=500),
     "flood of long prompts": Case(flood_prompt=3072, flood=40),
     "flood of short prompts": Case(flood_prompt=48, flood=180),
     "no readers": Case(rate=math.inf, flood_rate=math.inf, flood=120),
