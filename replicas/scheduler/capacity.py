@@ -78,14 +78,12 @@ def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
     """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s when each is
     promised its own in turn (`Tracker.in_turn`); the first one fits whatever it asks for, and who
     is paused asks for nothing. None when all fit. [TokenFlow §4.3]"""
-    rates = tracker.rate * ~(tracker.elastic | tracker.paused)
-    if float(rates.sum()) <= limit:
+    rows, claimed = tracker.claims()
+    if not len(rows) or claimed[-1] <= limit:
         return None
-    order = tracker.in_turn()
-    order = order[~tracker.paused[order]]
     beyond = np.zeros(len(tracker), bool)
-    beyond[order] = np.cumsum(rates[order]) > limit
-    beyond[order[0]] = False
+    beyond[rows] = claimed > limit
+    beyond[rows[0]] = False
     return beyond
 
 
