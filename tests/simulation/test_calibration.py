@@ -330,12 +330,13 @@ def test_a_real_engine_is_predicted(tmp_path, capsys):
     flags = f"calibrate --validate --seconds 5 --config {config} --out {out}"
     assert main(flags.split()) == 0
     shown = capsys.readouterr().out
-    assert "slack: " in shown and "fcfs: " in shown
+    policies = {"slack", "tokenflow", "fcfs"}
+    assert all(f"{policy}: " in shown for policy in policies)
     made = Calibration.load(out)
     assert made.kv_tokens == 1024 and made.accuracy.steps > 100 and made.copies > 10
     assert made.cost.fixed_s + made.cost.decode_s > 0
     report = json.loads((tmp_path / "out-validation.json").read_text())
-    assert set(report["policies"]) == {"slack", "fcfs"}
+    assert set(report["policies"]) == set(made.overheads) == policies
     for policy in report["policies"].values():
         figures = policy["figures"]
         assert 0.25 < figures["raw_tok_s"]["predicted"] / figures["raw_tok_s"]["real"] < 4
