@@ -12,7 +12,7 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    given. Anyone who lacks `refill` of that buffer may take the place of a held stream.
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
    with so much left that it would end alone, after all others, runs first (*late*).
-4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
+4. Readers are promised their rate in order of arrival, up to LOAD_FACTOR of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
    several tenants each is promised its share (fairness.py). Where memory is short, the streams of
    a tenant that asks for no more than its share of it are *favoured*: they come first, and those
@@ -66,8 +66,6 @@ class SlackParams:
     late_reserve: float = 0.5
     """A stream is late when its own remaining steps, and this share of them again for the times
     that it cannot run, outlast the remaining work."""
-    load_factor: float = LOAD_FACTOR
-    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -112,7 +110,7 @@ class _Outlook:
         if math.isinf(gamma):
             return
         gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
+        parked = unpromised(tracker, LOAD_FACTOR * gives)
         if parked is not None:
             self.parked = parked
             self.favoured = self.favoured & ~parked
