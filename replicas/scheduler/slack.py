@@ -332,7 +332,8 @@ class _Pass:
         victims.here[chosen[:enough]] = False
         leaving = victims.rows[chosen[:enough]]
         self._preempt(leaving)
-        return leaving.tolist()
+        gone: list[int] = leaving.tolist()
+        return gone
 
     # -- who comes onto the device --------------------------------------------------------------
 

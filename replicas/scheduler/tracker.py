@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,9 @@ class Tracker:
 
     def __init__(self, capacity: int = 256) -> None:
         self.sequences: list[Sequence] = []
-        self._columns = {name: np.zeros(capacity, dtype) for name, dtype in _COLUMNS.items()}
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(capacity, dtype) for name, dtype in _COLUMNS.items()
+        }
         """With room for more rows."""
         self._added = 0
         self._tenants: dict[str, int] = {}
