@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tokenflow.replicas.executor.base import UNKNOWN, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.executor.device import has_triton
 from tokenflow.replicas.executor.transfer import upload
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -146,8 +147,12 @@ def _draw(scores: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
     elif filtered:
         (index,) = upload([np.array(filtered)], scores.device)
         x.index_copy_(0, index, _filter(x.index_select(0, index), [params[i] for i in filtered]))
-    noise = -torch.log(-torch.log(_uniform(seeds, positions, x.shape[1])))
-    return (x + noise).argmax(-1)
+    bases = seeds * -7046029254386353131 + positions * -4658895280553007687
+    if has_triton(x.device):
+        from tokenflow.replicas.executor.fused_kernels import noisy_argmax
+
+        return noisy_argmax(x, bases)
+    return (x + gumbel(bases, x.shape[1])).argmax(-1)
 
 
 def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
@@ -173,16 +178,16 @@ def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
     return torch.empty_like(x).scatter_(1, index, ordered)
 
 
-def _uniform(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Uniform numbers in (0, 1), float32 `[rows, vocab]`: a splitmix64 hash of (seed, position,
-    token id). int64 arithmetic wraps alike on CPU and GPU."""
-    x = (seeds * -7046029254386353131 + positions * -4658895280553007687)[:, None]
-    x = x + torch.arange(vocab, device=seeds.device) * 7664345821815920749
+def gumbel(bases: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Gumbel noise, float32 `[rows, vocab]`, of uniform numbers in (0, 1): a splitmix64 hash of
+    `bases`, int64 `[rows]`, and the token id. int64 arithmetic wraps alike on CPU and GPU."""
+    x = bases[:, None] + torch.arange(vocab, device=bases.device) * 7664345821815920749
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))
     # 23 bits, because with the half added float32 holds them exactly: never 0, never 1.
-    return ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+    uniform = ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+    return -torch.log(-torch.log(uniform))
 
 
 def _logprobs(

@@ -85,7 +85,7 @@ def test_greedy_text_is_that_of_transformers_through_preemption(checkpoint, back
     executor = build_executor(
         spec,
         config,
-        host_memory=private_host_memory(slots, spec.kv_layout(16), DEVICE),
+        host_memory=private_host_memory(slots, spec.kv_layout(16)),
         device=DEVICE,
         num_blocks=16,
     )
