@@ -117,6 +117,10 @@ class Run:
     def executor(
         self, config: EngineConfig, *, kv_tokens: int, host_tokens: int = 0
     ) -> tuple[Executor, ModelSpec]:
+        """With KV for exactly so many tokens, in whole blocks."""
+        blocks = -(-kv_tokens // config.block_size)
+        # Said, and not measured, so that every variant has the same.
+        config = config.model_copy(update={"kv_tokens": blocks * config.block_size})
         spec = inspect_model(self.args.model, config, self.args.device)
         layout = spec.kv_layout(config.block_size)
         memory = None
@@ -127,7 +131,7 @@ class Run:
             config,
             host_memory=memory,
             device=self.args.device,
-            num_blocks=-(-kv_tokens // config.block_size),
+            num_blocks=blocks,
         )
         return executor, spec
 
@@ -177,7 +181,7 @@ def link_gb_s(run: Run, block: int, *, to_host: bool) -> float:
     count = max(1, (8 << 20 if run.args.tiny else 1 << 30) // block)
     host = torch.empty(count, block, dtype=torch.uint8, pin_memory=run.args.device == "cuda")
     device = torch.zeros(count, block, dtype=torch.uint8, device=run.device)
-    source, target = (device, host) if to_host else (host.random_(256), device)
+    source, target = (device, host) if to_host else (host.fill_(85), device)
 
     def copies() -> None:
         for i in range(count):
