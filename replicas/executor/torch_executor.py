@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenflow.replicas.errors import StepMemoryError
+from tokenflow.replicas.errors import CheckpointError, StepMemoryError
 from tokenflow.replicas.executor.attention.base import IntArray, PackedStep
 from tokenflow.replicas.executor.attention.choice import BackendName, make_backend
 from tokenflow.replicas.executor.attention.pool import KVPool
@@ -124,17 +124,23 @@ class TorchExecutor:
             weights = memory.memory.used() - before
             num_blocks = self._fit(spec, attention_backend, max_num_seqs, memory, weights)
         self.num_blocks = num_blocks
-        self._make_pool(spec, attention_backend, num_blocks)
+        try:
+            self._make_pool(spec, attention_backend, num_blocks)
+            if cuda:
+                self._warm_up(spec.max_model_len)
+            if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
+                self._graphs = self._capture(spec, max_num_seqs)
+        except (torch.OutOfMemoryError, StepMemoryError) as error:
+            raise CheckpointError(
+                f"{spec.name}: {num_blocks} KV blocks and the graphs do not fit beside the weights "
+                f"({error}); lower engine.kv_tokens, engine.max_num_seqs or engine.memory_fraction."
+            ) from error
         blocks = self._pool.bytes_view(num_blocks)
         self._copies: Copies
         if cuda:
             self._copies = CudaCopies(blocks, host_memory)
         else:
             self._copies = CopyThread(blocks, host_memory)
-        if cuda:
-            self._warm_up(spec.max_model_len)
-        if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
-            self._graphs = self._capture(spec, max_num_seqs)
 
     def _use_device(self) -> None:
         """What a thread launches by Triton goes to its current device, whatever the tensors are on;

@@ -136,6 +136,15 @@ def test_out_of_memory_in_the_model_is_told_as_such_and_survived(checkpoint, mon
     assert engine.stats.out_of_memory > 0
 
 
+def test_what_does_not_fit_at_the_start_is_said(checkpoint, monkeypatch):
+    def capture(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TorchExecutor, "_capture", capture)
+    with pytest.raises(CheckpointError, match=r"1 KV blocks and the graphs .*engine\.kv_tokens"):
+        make(checkpoint, decode_graphs=True)
+
+
 def test_only_a_gpu_that_is_not_told_measures(checkpoint, monkeypatch):
     spec = inspect_checkpoint(checkpoint)
     monkeypatch.setattr("tokenflow.replicas.factory.free_memory_bytes", lambda device: 1000)
