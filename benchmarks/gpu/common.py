@@ -191,10 +191,11 @@ def link_gb_s(run: Run, block: int, *, to_host: bool) -> float:
 
 
 def block_ids(sequences: int, tokens: int, block_size: int) -> Iterator[np.ndarray]:
-    """Block tables of sequences of that length, which share no block."""
+    """Block tables of sequences of that length, which share no block; scattered as later on."""
     blocks = -(-tokens // block_size)
+    order = np.random.default_rng(1).permutation(sequences * blocks).astype(np.int32)
     for i in range(sequences):
-        yield np.arange(i * blocks, (i + 1) * blocks, dtype=np.int32)
+        yield order[i * blocks : (i + 1) * blocks]
 
 
 def decoding(

@@ -97,6 +97,8 @@ def main() -> None:
                 f"decode_graphs={graphs}",
                 *(["block_size=256"] if backend == "flash_attn" else []),
             ]
+    if "triton" in args.backends:
+        variants["triton, blocks of 64"] = ["attention_backend=triton", "block_size=64"]
     for name, settings in variants.items():
         if run.seconds_left < 0:
             run.keep(name, "not run: out of time")

@@ -286,7 +286,8 @@ class CudaCopies:
         expected: Seq[int | None] | None,
     ) -> int:
         way.stream.wait_stream(torch.cuda.current_stream(self._device.device))
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Whoever waits sleeps: a copy may have a step to wait for, and a core is worth more.
+        begun, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         with torch.cuda.stream(way.stream):
             begun.record(way.stream)
             for first, to, blocks in runs(pairs):

@@ -47,7 +47,7 @@ def query_tiles(lengths: list[int], queries: int) -> tuple[list[int], list[int]]
 
 def launch_options(queries: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """Warps, and stages of the pipeline of loads, of `attend` for `queries` per program: as many
-    as the shared memory of a multiprocessor of sm_80 to sm_100 holds."""
+    as the shared memory of a multiprocessor holds beside the rest."""
     stage_bytes = 2 * _KEYS * head_dim * itemsize
     return {
         "num_warps": 8 if queries > 1 else 4,
