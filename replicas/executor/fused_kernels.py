@@ -92,7 +92,7 @@ def noisy_argmax(scores: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     parts = triton.cdiv(vocab, _VOCABULARY)
     best = torch.empty(rows, parts, dtype=torch.float32, device=scores.device)
     ids = torch.empty(rows, parts, dtype=torch.int64, device=scores.device)
-    _noisy_argmax[(rows, parts)](scores, bases, best, ids, vocab, TOKENS=_VOCABULARY)
+    _noisy_argmax[(rows, parts)](scores, bases, best, ids, vocab, TOKENS=_VOCABULARY, num_warps=8)
     return ids.gather(1, best.argmax(1, keepdim=True))[:, 0]
 
 
