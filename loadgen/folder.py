@@ -17,7 +17,6 @@ from tokenflow.loadgen.report import Report
 from tokenflow.loadgen.workload import Workload
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
 
-
 _NUMBERS = re.compile(r"\[\n[-+.,\s\deE]+\]")
 """A list of numbers over several lines; within a string no line ends."""
 
