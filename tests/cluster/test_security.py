@@ -135,8 +135,47 @@ async def test_keys_come_and_go_while_it_runs(server, keys):
                 await asyncio.sleep(0.1)
 
     await until(200)
-    keys.revoke("passing")
-    await until(401)
+    async with (
+        httpx.AsyncClient(timeout=30) as client,
+        grpc.aio.insecure_channel(server.grpc) as channel,
+    ):
+
+        async def error_of(who: str, name: str) -> str | None:
+            """How a long stream of that key ends."""
+            url, asked = f"{server.base_url}/completions", long_stream(request_id=name)
+            async with client.stream("POST", url, json=asked, headers=keys.headers(who)) as answer:
+                begun.release()
+                lines = [line async for line in answer.aiter_lines() if line.startswith("data: {")]
+            return json.loads(lines[-1].removeprefix("data: ")).get("error", {}).get("code")
+
+        async def rpc() -> grpc.StatusCode:
+            asked = message(resumable=True, request_id="passing-rpc", token_rate=5)
+            asked.sampling.max_tokens = 500
+            asked.sampling.ignore_eos = True
+            call = InferenceStub(channel).Generate(asked, metadata=keys.metadata("passing"))
+            begun.release()
+            return await status(call)
+
+        begun = asyncio.Semaphore(0)
+        ended = [asyncio.create_task(error_of("passing", "passing-http"))]
+        ended.append(asyncio.create_task(rpc()))
+        stays = asyncio.create_task(error_of("acme", "stays"))
+        for _ in range(3):
+            await begun.acquire()
+        await asyncio.sleep(0.5)
+        keys.revoke("passing")
+        await until(401)
+        # What runs in its name ends as well, and nothing else.
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(*ended) == [
+                "invalid_api_key",
+                grpc.StatusCode.UNAUTHENTICATED,
+            ]
+        assert not stays.done()
+        gone = f"{server.base_url}/streams/stays"
+        assert (await client.delete(gone, headers=keys.headers("acme-2"))).status_code == 200
+        assert await stays == "cancelled"
+    server.wait_idle()
 
 
 async def test_quotas_refuse_with_a_time(server, keys):
