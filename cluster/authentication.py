@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -148,19 +148,22 @@ class KeyFile:
         self._seen: tuple[int, ...] | None = None
         self.keys = load_keys(path)
 
-    async def follow(self, authenticator: Authenticator) -> None:
+    async def follow(self, authenticator: Authenticator, stale: Callable[[bool], None]) -> None:
         """Keep the authenticator up to date. Runs until it is cancelled.
 
         A file that is gone or wrong changes nothing: it must neither open the cluster nor close it.
+        But a key that is revoked meanwhile is not refused, so `stale` is told.
         """
         while True:
             try:
                 keys = await asyncio.to_thread(self._news)
             except ConfigError as error:
                 logger.error("the API keys stay as they were: %s", error)
+                stale(True)
                 keys = None
             if keys is not None:
                 authenticator.replace(keys)
+                stale(False)
             authenticator.settle()
             await asyncio.sleep(RELOAD_S)
 

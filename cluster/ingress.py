@@ -134,7 +134,7 @@ class Ingress(Probes):
         if (path := config.security.keys_path) is not None:
             file = KeyFile(path)
             self._who = Authenticator(file.keys, share=1 / self._ingresses)
-            following = file.follow(self._who)
+            following = file.follow(self._who, self._journal.metrics.keys_stale)
             self._following = asyncio.get_event_loop().create_task(following)
 
     # -- HTTP -----------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ CHECKED = {
     r"tokenflow serve": "flags here; run in tests/command/test_serve.py",
     r"tokenflow bench compare": "flags here; run in tests/loadgen/test_command.py",
     r"tokenflow keys": "run here",
-    r"helm (template|install tokenflow)": "run in test_docs.py and test_install.py",
+    r"helm (template|(install|upgrade) tokenflow|--namespace llm (history|rollback))": "run in "
+    "test_docs.py and test_install.py",
 }
 """Commands by pattern, and where they are looked after."""
 

@@ -66,6 +66,13 @@ def test_locks_have_what_the_tests_ran_with(kind):
     assert "opentelemetry-exporter-otlp-proto-http" in locked  # the extra `otel`
 
 
+def test_the_chart_names_the_ray_that_is_in_the_images():
+    """KubeRay takes its word for it."""
+    values = read(DEPLOY / "helm" / "tokenflow" / "values.yaml")
+    for kind in ("cpu", "gpu"):
+        assert pins(DEPLOY / "images" / f"requirements-{kind}.txt")["ray"] == values["rayVersion"]
+
+
 def test_the_cpu_image_has_the_torch_that_the_tests_ran_with():
     text = (DEPLOY / "images" / "cpu.Dockerfile").read_text()
     assert f"ARG TORCH_VERSION={pins(ROOT / 'constraints.txt')['torch']}+cpu" in text

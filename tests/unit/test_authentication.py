@@ -129,7 +129,8 @@ async def test_the_file_is_followed(tmp_path, monkeypatch):
     save_keys(path, [entry(one)])
     file = KeyFile(path)
     who = Authenticator(file.keys)
-    following = asyncio.create_task(file.follow(who))
+    told: list[bool] = []
+    following = asyncio.create_task(file.follow(who, told.append))
 
     async def until(accepted: list[str], refused: list[str]) -> None:
         async with asyncio.timeout(10):
@@ -148,14 +149,17 @@ async def test_the_file_is_followed(tmp_path, monkeypatch):
     await until([one, two], [])
     save_keys(path, [entry(one, revoked=True), entry(two, "two")])
     await until([two], [one])
+    assert not any(told)
     path.write_text("- nonsense")
     await asyncio.sleep(0.1)
     await until([two], [one])
     path.unlink()
     await asyncio.sleep(0.1)
     await until([two], [one])
+    assert told[-2:] == [True, True]
     save_keys(path, [entry(one)])
     await until([one], [two])
+    assert told[-1] is False
     following.cancel()
 
 
