@@ -193,8 +193,9 @@ class Generation:
         DeadlineExceededError at the deadline.
         """
         merged = self._merged(max_delay_s, heartbeat_s)
+        timed = merged if self._deadline_s is None else until(merged, self._deadline_s)
         try:
-            async for update in until(merged, self._deadline_s):
+            async for update in timed:
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
                 yield update
             self._delivered = sum(len(stream.token_ids) for stream in self.streams)

@@ -400,8 +400,8 @@ class _Pass:
         if self.outlook.favoured[row]:
             # The others make room for it at any time.
             rate = rate * self.outlook.favoured
-        reading = float(rate[self.running].sum() + rate[admitted].sum())
-        return self.view.blocks_for(int(reading * self.p.victim_slack_s))
+        grows = np.minimum(rate * self.p.victim_slack_s, np.maximum(self.outlook.remaining, 0))
+        return self.view.blocks_for(int(grows[self.running].sum() + grows[admitted].sum()))
 
     def _fits(self, blocks: int, coming: int = 0) -> bool:
         return self.on_device < self.view.max_num_seqs and self.free + coming >= blocks

@@ -239,6 +239,13 @@ def test_a_start_leaves_room_to_grow_until_somebody_can_leave():
     assert names(plan(view(reader, again, free=5)).admit) == ["again"]
 
 
+def test_a_stream_that_is_about_to_end_needs_no_more_room_than_its_end():
+    # Four tokens are left, one block; the rate alone would ask for 50 blocks.
+    ending = running("e", 0.5, rate=100.0, max_tokens=64)
+    assert names(plan(view(ending, late_one(), free=6)).admit) == ["late"]
+    assert names(plan(view(ending, late_one(), free=5)).admit) == []
+
+
 def test_each_start_counts_for_the_next_one():
     waiting = [sequence(f"w{i}") for i in range(4)]
     # 3, then 3 + 7, then 3 + 14 blocks.
