@@ -64,9 +64,10 @@ def test_headers_of_an_answer(server):
         assert f'"id":"{other.headers["x-request-id"]}"' in other.text
         assert mine.headers["cache-control"] == "no-cache"
         assert mine.headers["x-accel-buffering"] == "no"
-        late = client.post("/v1/completions", json=asked, headers={"X-Request-Timeout-S": "1e-6"})
-        assert late.status_code == 504
-        assert late.json()["error"]["code"] == "deadline_exceeded"
+        for name in ("X-Request-Timeout-S", "X-Token-Rate", "X-Resumable"):
+            wrong = client.post("/v1/completions", json=asked, headers={name: "soon"})
+            assert wrong.status_code == 400
+            assert f"The header {name}" in wrong.json()["error"]["message"]
 
 
 async def test_the_python_of_the_front_page(server, capsys):
