@@ -13,9 +13,9 @@ import math
 from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.scheduler.playback import Playback
 
-_NO_READER_DELAY_S = 0.05
-"""Time between the messages of a consumer that is no reader: as even as a screen needs it, should
-somebody look."""
+_NO_READER_DELAY_S = 0.1
+"""Least time between the messages of a consumer that is no reader; should somebody look, it still
+seems to flow."""
 
 
 class StreamCoalescer:

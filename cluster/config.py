@@ -144,7 +144,7 @@ class IngressConfig(_Section):
         ge=0,
         le=5,
         description="Longest time a token waits to share a message with the next ones: for readers "
-        "whose buffer is comfortable, and 0.05 at most for those without a reader.",
+        "whose buffer is comfortable, and 0.1 at most for those without a reader.",
     )
     rebalance_interval_s: float = Field(
         default=1.0,

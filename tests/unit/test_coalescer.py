@@ -85,7 +85,7 @@ def test_zero_delay_turns_it_off():
 
 @given(arrivals, st.floats(0, 1))
 def test_without_a_reader_a_message_comes_a_moment_after_the_one_before(times, limit):
-    last, delay = -math.inf, min(limit, 0.05)
+    last, delay = -math.inf, min(limit, 0.1)
     for at, tokens in deliver(times, math.inf, max_delay_s=limit):
         assert at == pytest.approx(max(tokens[0], last + delay))
         last = at
