@@ -19,7 +19,7 @@ from tests.support.manifests import problems
 Object = dict[str, Any]
 RESOURCES = {
     "v1": {"configmaps": "ConfigMap", "pods": "Pod", "secrets": "Secret", "services": "Service"}
-    | {"serviceaccounts": "ServiceAccount", "namespaces": "Namespace"},
+    | {"serviceaccounts": "ServiceAccount"},
     "networking.k8s.io/v1": {"ingresses": "Ingress", "networkpolicies": "NetworkPolicy"},
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
     "ray.io/v1": {"rayservices": "RayService"},
@@ -43,8 +43,6 @@ class FakeKubernetes:
         """What was wrong with each write that was refused."""
         self.flags: list[str] = []
         """Flags with which helm comes here."""
-        self.namespaces: list[str] = []
-        """Those that were made."""
         self._revision = 0
 
     def of_chart(self) -> set[str]:
@@ -62,9 +60,6 @@ class FakeKubernetes:
         for group, kinds in RESOURCES.items():
             if path == ("/api/v1" if group == "v1" else f"/apis/{group}"):
                 return 200, _resources(group, kinds)
-        if path == "/api/v1/namespaces" and method == "POST":
-            self.namespaces.append(body["metadata"]["name"])
-            return 201, body
         found = _PATH.fullmatch(path)
         if found is None:
             return _status(404, "NotFound", path)
@@ -149,7 +144,7 @@ def _resources(group: str, kinds: dict[str, str]) -> Object:
             "name": name,
             "singularName": kind.lower(),
             "kind": kind,
-            "namespaced": kind != "Namespace",
+            "namespaced": True,
             "verbs": _VERBS,
         }
         for name, kind in kinds.items()
