@@ -15,6 +15,7 @@ from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.cluster.tenancy import public_id
+from tokenflow.replicas.errors import TokenFlowError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -126,6 +127,12 @@ class Generation:
         """Cancel what still runs. Idempotent."""
         for stream in self.streams:
             self._manager.close(stream)
+
+    def fail(self, error: TokenFlowError) -> None:
+        """Cancel what still runs; its reader gets `error`. Idempotent."""
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                self._manager.cancel(stream, error)
 
     def read_from(self, counts: list[int]) -> None:
         """A reader comes who has so many tokens of each choice, one more if it was told of the end

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,15 +152,23 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
-def private_host_memory(slots: int, layout: KVLayout, device: str) -> Any:
+def private_host_memory(slots: int, layout: KVLayout) -> Any:
     """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`.
 
-    Written to at once, because the first touch of a page is dearer than a copy.
+    Written to at once, because the first touch of a page is dearer than a copy; of large pages,
+    where the kernel has them, which take less time to touch and to lock. The executor locks them:
+    torch's own allocator of page-locked memory would round up to a power of two.
     """
     import torch
 
-    shape = (slots, layout.block_bytes)
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
+    size = slots * layout.block_bytes
+    if size == 0:
+        return torch.empty((0, layout.block_bytes), dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(memoryview(pages), dtype=torch.uint8).zero_()
+    return memory.view(slots, layout.block_bytes)
 
 
 def build_executor(

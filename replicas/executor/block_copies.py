@@ -8,6 +8,7 @@ as it is there; its checksums are computed when nothing waits to be copied, and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import queue
@@ -111,7 +112,8 @@ _MOST_UNSUMMED = 256
 
 
 class _Worker:
-    """A thread that ends jobs in order, and computes checksums while it has nothing else to do."""
+    """A thread that ends jobs in order, and computes checksums while it has nothing else to do, a
+    block at a time: a copy that ends meanwhile is not reported much later for it."""
 
     def __init__(
         self, memory: _HostMemory, reports: _Reports, end: Callable[[Any], CopyDone]
@@ -121,7 +123,8 @@ class _Worker:
         self._reports = reports
         self._end = end
         self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._unsummed: deque[_Job] = deque()
+        self._unsummed: deque[tuple[_Job, list[int]]] = deque()
+        """Copied jobs, and the checksums of their first blocks."""
         self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
         self._thread.start()
 
@@ -133,21 +136,25 @@ class _Worker:
             try:
                 job = self._todo.get(block=not self._unsummed)
             except queue.Empty:
-                self._sum_oldest()
+                self._sum_block()
                 continue
             if job is None:
                 return
             done = self._end(job)
             self._reports.put(done)
             if done.checksums is None:
-                self._unsummed.append(job)
-            if len(self._unsummed) > _MOST_UNSUMMED:
-                self._sum_oldest()
+                self._unsummed.append((job, []))
+            while len(self._unsummed) > _MOST_UNSUMMED:
+                self._sum_block()
 
-    def _sum_oldest(self) -> None:
-        job = self._unsummed.popleft()
-        sums = self._memory.checksums([slot for _, slot in job.pairs])
-        self._reports.put(CopyDone(job.job_id, None, 0.0, sums))
+    def _sum_block(self) -> None:
+        """One block of the oldest job."""
+        job, sums = self._unsummed[0]
+        if len(sums) < len(job.pairs):
+            sums += self._memory.checksums([job.pairs[len(sums)][1]])
+        if len(sums) == len(job.pairs):
+            self._unsummed.popleft()
+            self._reports.put(CopyDone(job.job_id, None, 0.0, tuple(sums)))
 
     def close(self) -> None:
         self._todo.put(None)
@@ -249,7 +256,11 @@ def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
 
 
 class CudaCopies:
-    """A stream per direction, ordered against compute and each other by events."""
+    """A stream per direction, each ordered after the steps launched before.
+
+    The directions are not ordered against each other, so that a victim leaves while another comes
+    back: who loads a slot has had the report of the copy that filled it (`Executor.offload`).
+    """
 
     def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
         self._device = device
@@ -264,9 +275,6 @@ class CudaCopies:
         return self._start(self._out, self._device, self._memory.tensor, pairs, None)
 
     def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
-        # A slot is loaded only after its offload was reported, but a resumed request may be
-        # loaded while its blocks' former copies drain: keep the directions in order.
-        self._in.stream.wait_stream(self._out.stream)
         return self._start(self._in, self._memory.tensor, self._device, pairs, expected)
 
     def _start(
@@ -278,7 +286,8 @@ class CudaCopies:
         expected: Seq[int | None] | None,
     ) -> int:
         way.stream.wait_stream(torch.cuda.current_stream(self._device.device))
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Whoever waits sleeps: a copy may have a step to wait for, and a core is worth more.
+        begun, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         with torch.cuda.stream(way.stream):
             begun.record(way.stream)
             for first, to, blocks in runs(pairs):
@@ -337,17 +346,32 @@ def _pin(host: torch.Tensor) -> torch.Tensor | None:
     if host.is_pinned():
         return None
     size = host.numel() * host.element_size()
-    error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)  # type: ignore[attr-defined]
-    if int(error) != 0:
+    begun = time.perf_counter()
+    error = _code(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))  # type: ignore[attr-defined]
+    if error != 0:
         logger.warning(
-            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow; raise the "
-            "locked-memory limit (ulimit -l, in a container --ulimit memlock=-1)",
+            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow and hold up "
+            "the engine; raise the locked-memory limit (ulimit -l, in a container --ulimit "
+            "memlock=-1)",
             size / 2**30,
-            int(error),
+            error,
         )
+        # CUDA keeps the error for whoever asks next, which is the next kernel's launch.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)
         return None
+    logger.info(
+        "page-locked %.1f GiB of host KV in %.1f s", size / 2**30, time.perf_counter() - begun
+    )
     return host
 
 
 def _unpin(host: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[attr-defined]
+    error = _code(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))  # type: ignore[attr-defined]
+    if error != 0:
+        logger.warning("cannot unlock the host KV's pages (CUDA error %d)", error)
+
+
+def _code(error: Any) -> int:
+    """The number of a `cudaError`, whichever kind of enumeration torch makes it."""
+    return int(getattr(error, "value", error))

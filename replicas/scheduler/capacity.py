@@ -80,17 +80,15 @@ def unpromised(tracker: Tracker, limit: float, first: BoolArray | None = None) -
     promised its own in turn (`Tracker.in_turn`); the first one fits whatever it asks for, and who
     is paused asks for nothing. Those that are `first`, readers or not, come before all others. None
     when all fit. [TokenFlow §4.3]"""
-    takers = tracker.elastic if first is None else tracker.elastic & ~first
-    rates = tracker.rate * ~(takers | tracker.paused)
-    if float(rates.sum()) <= limit:
-        return None
-    order = tracker.in_turn()
-    order = order[~tracker.paused[order]]
+    rows, claimed = tracker.claims()
     if first is not None:
-        order = order[np.argsort(~first[order], kind="stable")]
+        rows = rows[np.argsort(~first[rows], kind="stable")]
+        claimed = np.cumsum(tracker.rate[rows] * (first[rows] | ~tracker.elastic[rows]))
+    if not len(rows) or claimed[-1] <= limit:
+        return None
     beyond = np.zeros(len(tracker), bool)
-    beyond[order] = np.cumsum(rates[order]) > limit
-    beyond[order[0]] = False
+    beyond[rows] = claimed > limit
+    beyond[rows[0]] = False
     return beyond
 
 

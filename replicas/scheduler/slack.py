@@ -12,7 +12,7 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    given. Anyone who lacks `refill` of that buffer may take the place of a held stream.
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
    with so much left that it would end alone, after all others, runs first (*late*).
-4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
+4. Readers are promised their rate in order of arrival, up to LOAD_FACTOR of the capacity. Those
    beyond are *parked*: they run on what the promised ones leave and are first to make room.
 5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
    more than can be promised do prompts get most of the device all the same.
@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +46,7 @@ from tokenflow.replicas.scheduler.capacity import (
     unpromised,
 )
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
-from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch, decode_batch
 from tokenflow.replicas.scheduler.sharing import share_step, within_share
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
@@ -67,8 +66,6 @@ class SlackParams:
     late_reserve: float = 0.5
     """A stream is late when its own remaining steps, and this share of them again for the times
     that it cannot run, outlast the remaining work."""
-    load_factor: float = LOAD_FACTOR
-    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -106,14 +103,17 @@ class _Outlook:
         self.parked: BoolArray = self.late
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.favoured: BoolArray = self.late
+        self.favouring = False
+        """Whether there is anybody to favour."""
         if tracker.shared_by_tenants:
             self.favoured = within_share(view, self.remaining)
+            self.favouring = bool(self.favoured.any())
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
         gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
-        first = self.favoured if tracker.shared_by_tenants else None
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives, first)
+        first = self.favoured if self.favouring else None
+        parked = unpromised(tracker, LOAD_FACTOR * gives, first)
         if parked is not None:
             self.parked = parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
@@ -129,12 +129,14 @@ class _Outlook:
         if step_s <= 0:
             return
         # Device seconds per token of a stream: its share of a full step.
-        mean = float(context.mean())
+        mean = float(context.sum()) / len(tracker)
         together = max(1.0, min(view.kv_tokens / mean, len(tracker), view.max_num_seqs))
         base = fixed / together + per_sequence
         rate = tracker.rate
         spare = 1.0 - base * float(rate.sum()) - per_token * float(rate @ context)
-        ahead: BoolArray = np.zeros(len(tracker), bool)
+        alone_s = self.remaining * step_s
+        work_s = float(self.remaining.sum()) / gamma
+        ahead: BoolArray = alone_s >= work_s
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
@@ -144,58 +146,26 @@ class _Outlook:
                 longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         ahead &= ~tracker.paused
-        alone_s = self.remaining * step_s
-        work_s = float(self.remaining.sum()) / gamma
-        ahead |= (alone_s >= work_s) & ~tracker.paused
-        entitled = ahead | self.hungry
-        entitled |= self.gains & (tracker.state == tracker.code(State.RUNNING))
+        entitled = self.gains & (tracker.state == tracker.code(State.RUNNING))
+        entitled |= ahead
+        entitled |= self.hungry
         self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead
 
 
-class _Victim(NamedTuple):
-    """A stream on the device, and what its leaving means."""
-
-    row: int
-    blocks: int
-    released: int
-    """Blocks free at once."""
-    slots: int
-    """Host slots it still needs."""
-
-
 class _Victims:
-    """Streams that can leave, the first in line first; each is looked at closely when it goes. Last
-    come those that `yields`: they leave for favoured ones only."""
+    """Streams that can leave, the first in line first; arrays over them. Last come those that leave
+    for favoured ones only (`yields`)."""
 
     def __init__(self, view: View, rests: IntArray, yields: IntArray, outlook: _Outlook) -> None:
-        self.view = view
-        rows = np.concatenate([rests, yields])
-        self.rows: list[int] = rows.tolist()
-        blocks, released = view.tracker.blocks[rows], view.released_now(rows)
-        if len(yields):
-            # Who has not begun leaves nothing to copy.
-            released = np.where(view.tracker.computed[rows] == 0, blocks, released)
-        self.blocks: list[int] = blocks.tolist()
-        self.released: list[int] = released.tolist()
-        self.slack_s: list[float] = outlook.slack[rows].tolist()
-        self.gains: list[bool] = outlook.gains[rows].tolist()
-        self.yields = [False] * len(rests) + [True] * len(yields)
-
-    def take(self, chosen: list[int]) -> list[_Victim]:
-        """Those at these places, ascending, who are in line no more."""
-        rows = np.array([self.rows[i] for i in chosen], np.int64)
-        slots = self.view.slots_to_offload(rows).tolist()
-        leaving = [
-            _Victim(self.rows[i], self.blocks[i], self.released[i], needs)
-            for i, needs in zip(chosen, slots, strict=True)
-        ]
-        columns = (self.rows, self.blocks, self.released, self.slack_s, self.gains, self.yields)
-        for i in reversed(chosen):
-            for column in columns:
-                del column[i]
-        return leaving
+        self.rows = rows = np.concatenate([rests, yields])
+        self.blocks = view.tracker.blocks[rows]
+        self.slack_s = outlook.slack[rows]
+        self.gains = outlook.gains[rows]
+        self.rests = len(rests)
+        self.here: BoolArray = np.ones(len(rows), bool)
+        """Has not left yet."""
 
 
 class _Pass:
@@ -212,6 +182,9 @@ class _Pass:
         self.context = view.tracker.context
         self.pending = self.context - view.tracker.computed
         """Tokens without KV: 1 for a decoding stream."""
+        self.decoding: BoolArray = self.pending == 1
+        self.needs = view.blocks_needed()
+        """Blocks each takes to come onto the device."""
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
@@ -219,6 +192,7 @@ class _Pass:
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
         self.plan.load = self.outlook.load
+        self.favouring = self.outlook.favouring
 
     def run(self) -> Plan:
         self._make_room_for_growth()
@@ -226,6 +200,9 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
+        if self.decoding[rows].all():
+            self.plan.batch = decode_batch(self.view, rows)
+            return self.plan
         limit = self._chunk(rows)
         if self.tracker.shared_by_tenants:
             rows, limit = self._shared(rows, limit)
@@ -243,9 +220,9 @@ class _Pass:
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
         tracker, cost = self.tracker, self.view.cost
-        decoding = self.pending[rows] == 1
+        decoding = self.decoding[rows]
         per_token = cost.prefill_s(1)
-        if per_token <= 0 or decoding.all():
+        if per_token <= 0:
             return None
         rows = rows[decoding]
         hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
@@ -254,7 +231,7 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        contended = self.outlook.load.overloaded or bool(self.outlook.favoured.any())
+        contended = self.outlook.load.overloaded or self.favouring
         least_s = _PREFILL_SHARE * decode_s if contended else 0.0
         allowed_s = max(float(patience.min()), least_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
@@ -262,9 +239,11 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        runs = self.outlook.gains[rows] | (self.pending[rows] > 1)
-        runs |= tracker.elastic[rows] & ~tracker.paused[rows]
-        return rows[runs] if runs.any() else rows
+        runs = tracker.elastic & ~tracker.paused
+        runs |= self.outlook.gains
+        runs |= self.pending > 1
+        unheld = rows[runs[rows]]
+        return unheld if len(unheld) else rows
 
     # -- who leaves -----------------------------------------------------------------------------
 
@@ -285,8 +264,7 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                leaving = _Victims(self.view, running[i : i + 1], running[:0], self.outlook)
-                self._preempt(leaving.take([0])[0])
+                self._preempt(running[i : i + 1])
             # Until the blocks of the victims have been copied, the fullest sit out.
             left = max(self.free - need, 0)
             self.coming_free -= max(need - self.free, 0)
@@ -301,76 +279,90 @@ class _Pass:
         else:
             self.free -= need
 
-    def _preempt(self, victim: _Victim) -> None:
-        how = Preempt.RECOMPUTE
-        released = victim.blocks
-        if victim.slots <= self.host_free:
-            how = Preempt.OFFLOAD
-            self.host_free -= victim.slots
-            released = victim.released
-        elif self.tracker.synced[victim.row]:
-            # Without room for the rest it still keeps what the host has.
-            how = Preempt.OFFLOAD
-        self.free += released
-        self.coming_free += victim.blocks - released
-        self.on_device -= 1
-        self.plan.preempt.append((self.tracker.sequences[victim.row], how))
+    def _preempt(self, rows: IntArray) -> None:
+        view, tracker = self.view, self.tracker
+        columns = (rows, tracker.blocks[rows], self._released(rows), view.slots_to_offload(rows))
+        for row, blocks, at_once, slots in zip(*(c.tolist() for c in columns), strict=True):
+            how = Preempt.RECOMPUTE
+            released = blocks
+            if slots <= self.host_free:
+                how = Preempt.OFFLOAD
+                self.host_free -= slots
+                released = at_once
+            elif tracker.synced[row]:
+                # Without room for the rest it still keeps what the host has.
+                how = Preempt.OFFLOAD
+            self.free += released
+            self.coming_free += blocks - released
+            self.on_device -= 1
+            self.plan.preempt.append((tracker.sequences[row], how))
+
+    def _released(self, rows: IntArray) -> IntArray:
+        """Blocks that are free as soon as each of them leaves."""
+        released = self.view.released_now(rows)
+        if self.favouring:
+            # Who has not begun leaves nothing to copy.
+            begun = self.tracker.computed[rows] > 0
+            released = np.where(begun, released, self.tracker.blocks[rows])
+        return released
 
     def _expendable(self) -> _Victims:
         """Streams that can leave unnoticed, the most slack first."""
-        rows, tracker, cost = self.running, self.tracker, self.view.cost
-        slack = self.outlook.slack[rows]
-        leaves = slack > self.p.victim_slack_s
+        rows, tracker, cost, outlook = self.running, self.tracker, self.view.cost, self.outlook
         # At least one token a stay: who leaves before it may never get any further.
-        stayed = tracker.resident[rows] >= max(self.p.min_residency_tokens, 1)
-        leaves &= stayed | tracker.paused[rows]
-        leaves &= self.pending[rows] == 1
-        leaves &= ~self.outlook.late[rows]
-        blocks = tracker.blocks[rows]
-        unsynced = blocks - self.view.released_now(rows)
-        leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
-        rests = rows[leaves][np.argsort(-slack[leaves], kind="stable")]
-        favoured = self.outlook.favoured
-        if not favoured.any():
-            return _Victims(self.view, rests, rows[:0], self.outlook)
-        yields = (stayed & (self.pending[rows] == 1)) | (tracker.computed[rows] == 0)
-        yields &= ~(favoured[rows] | leaves)
-        return _Victims(self.view, rests, rows[yields][::-1], self.outlook)
+        stayed = (tracker.resident >= max(self.p.min_residency_tokens, 1)) & self.decoding
+        leaves = outlook.slack > self.p.victim_slack_s
+        leaves &= stayed | (tracker.paused & self.decoding)
+        leaves &= ~outlook.late
+        rests = rows[leaves[rows]]
+        slack, blocks = outlook.slack[rests], tracker.blocks[rests]
+        unsynced = blocks - self.view.released_now(rests)
+        covers = slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
+        rests, slack = rests[covers], slack[covers]
+        rests = rests[np.argsort(-slack, kind="stable")]
+        if not self.favouring:
+            return _Victims(self.view, rests, rows[:0], outlook)
+        yields = stayed | (tracker.computed == 0)
+        yields &= ~outlook.favoured
+        yields[rests] = False
+        return _Victims(self.view, rests, rows[yields[rows]][::-1], outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
-        favoured = self.outlook.favoured[row]
+        favoured = self.favouring and bool(self.outlook.favoured[row])
         missing, gives = blocks - self.free - self.coming_free, victims.blocks
-        if favoured and sum(victims.released) >= blocks - self.free:
-            # Its first token does not wait for copies.
-            missing, gives = blocks - self.free, victims.released
+        if favoured:
+            released = self._released(victims.rows)
+            if released[victims.here].sum() >= blocks - self.free:
+                # Its first token does not wait for copies.
+                missing, gives = blocks - self.free, released
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
-        chosen: list[int] = []
-        for i, (gains, yields) in enumerate(zip(victims.gains, victims.yields, strict=True)):
-            if missing <= 0 and (chosen or not needs_place):
-                break
-            if yields and not favoured:
-                break
-            if not yields and gains and (only_held or victims.slack_s[i] < floor):
-                continue
-            chosen.append(i)
-            missing -= gives[i]
-        if not chosen or missing > 0:
+        leaves = ~victims.gains
+        if not only_held:
+            leaves |= victims.slack_s >= floor
+        leaves[victims.rests :] = favoured
+        leaves &= victims.here
+        chosen = np.flatnonzero(leaves)
+        enough = int(needs_place)
+        if missing > 0:
+            enough = int(np.searchsorted(np.cumsum(gives[chosen]), missing)) + 1
+        if not 0 < enough <= len(chosen):
             return []
-        leaving = victims.take(chosen)
-        for victim in leaving:
-            self._preempt(victim)
-        return [victim.row for victim in leaving]
+        victims.here[chosen[:enough]] = False
+        leaving = victims.rows[chosen[:enough]]
+        self._preempt(leaving)
+        gone: list[int] = leaving.tolist()
+        return gone
 
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
         view, tracker = self.view, self.tracker
         victims: _Victims | None = None
-        gone: set[int] = set()
+        gone: list[int] = []
         admitted: list[int] = []
         for row, need, only_held in self._candidates():
             blocks = need
@@ -385,7 +377,7 @@ class _Pass:
             if not self._fits(blocks):
                 if victims is None:
                     victims = self._expendable()
-                gone.update(self._evict_for(row, blocks, only_held, victims))
+                gone.extend(self._evict_for(row, blocks, only_held, victims))
             if not self._fits(blocks, self.coming_free if loads else 0):
                 # Whoever is first in line keeps its place until the blocks are there.
                 break
@@ -398,8 +390,10 @@ class _Pass:
                 self.plan.admit.append(seq)
                 admitted.append(row)
         if gone or admitted:
-            stays = [row for row in self.running.tolist() if row not in gone]
-            self.running = np.array(stays + admitted, np.int64)
+            stays = np.ones(len(tracker), bool)
+            stays[gone] = False
+            begins = np.array(admitted, np.int64)
+            self.running = np.concatenate([self.running[stays[self.running]], begins])
 
     def _start_headroom(self, row: int, admitted: list[int]) -> int:
         """Further blocks that must be free before a request begins."""
@@ -420,35 +414,38 @@ class _Pass:
     def _candidates(self) -> Iterator[tuple[int, int, bool]]:
         """Who should come onto the device, most urgent first: (row, blocks it takes, whether it may
         displace held streams only). Lazy: mostly the first few fill the device."""
-        view, outlook = self.view, self.outlook
+        outlook, paused = self.outlook, self.tracker.paused
         rows, waiting = self.preempted, self.waiting
-        slack, parked, late = outlook.slack[rows], outlook.parked[rows], outlook.late[rows]
-        resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
-        urgent = ~parked & (slack <= resume_at)
-        if outlook.favoured.any():
-            first = outlook.favoured[rows] & urgent
+        parked, late = outlook.parked, outlook.late
+        resume_at = self.p.resume_slack_s + self.view.cost.load_s(1) * self.needs
+        urgent = (outlook.slack <= resume_at) & ~parked
+        if self.favouring:
+            first = outlook.favoured[rows] & urgent[rows]
             yield from self._in_turn(rows[first])
-            new = waiting[outlook.favoured[waiting] & ~self.tracker.paused[waiting]]
-            needs = view.blocks_needed(new).tolist()
+            new = waiting[outlook.favoured[waiting] & ~paused[waiting]]
+            needs = self.needs[new].tolist()
             yield from zip(new.tolist(), needs, [False] * len(new), strict=True)
             waiting = waiting[~np.isin(waiting, new)]
-            rows, slack, urgent = rows[~first], slack[~first], urgent[~first]
-            parked, late = parked[~first], late[~first]
-        yield from self._in_turn(rows[urgent])
-        idle = waiting[self.tracker.paused[waiting]]
+            rows = rows[~first]
+        yield from self._in_turn(rows[urgent[rows]])
+        idle = waiting[paused[waiting]]
         if len(waiting) > len(idle):
             waiting = waiting[: len(waiting) - len(idle)]
             begun = self.tracker.generated[waiting] > 0
             for group in (waiting[begun], waiting[~begun]):
-                needs = view.blocks_needed(group).tolist()
-                yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
-        yield from self._in_turn(rows[late & ~urgent])
-        hungry = outlook.hungry[rows] & ~urgent & ~late
-        yield from self._in_turn(rows[hungry & ~parked], only_held=True)
-        yield from self._in_turn(rows[hungry & parked], only_held=True)
+                needs = self.needs[group].tolist()
+                yield from zip(group.tolist(), needs, parked[group].tolist(), strict=True)
+        rows = rows[~urgent[rows]]
+        yield from self._in_turn(rows[late[rows]])
+        rows = rows[~late[rows]]
+        hungry = rows[outlook.hungry[rows]]
+        if len(hungry):
+            promised = ~parked[hungry]
+            yield from self._in_turn(hungry[promised], only_held=True)
+            yield from self._in_turn(hungry[~promised], only_held=True)
         if not self.on_device:
             # Nobody has need of it, but a device is not left idle.
-            yield from self._in_turn(rows[~(urgent | late | hungry)])
+            yield from self._in_turn(rows[~outlook.hungry[rows]])
             yield from self._in_turn(idle)
 
     def _in_turn(
@@ -459,5 +456,5 @@ class _Pass:
             return
         if len(rows) > 1:
             rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
-        for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):
+        for row, need in zip(rows.tolist(), self.needs[rows].tolist(), strict=True):
             yield row, need, only_held

@@ -1,6 +1,7 @@
 """Copies of blocks: the right bytes in the right places, and faults reported."""
 
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -136,3 +137,39 @@ def test_a_small_job_is_done_at_once_unless_others_wait(memory):
     done = wait(copies, 4)
     assert [d.job_id for d in done if d.checksums is None] == [large, small]
     copies.close()
+
+
+class PyBindError(NamedTuple):
+    """An enumeration's member as some builds of torch make it, others make plain numbers."""
+
+    value: int
+
+
+@pytest.mark.parametrize("kind", [int, PyBindError])
+def test_memory_that_cannot_be_page_locked_is_said_and_used(monkeypatch, caplog, kind):
+    answers = iter([0, 0, 2])
+    asked = []
+
+    class Cudart:
+        @staticmethod
+        def cudaHostRegister(address, size, flags):
+            asked.append((address, size, flags))
+            return kind(next(answers))
+
+        @staticmethod
+        def cudaHostUnregister(address):
+            asked.append(address)
+            return kind(next(answers))
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")  # what the failed call has left behind
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart)
+    monkeypatch.setattr(torch, "zeros", refused)
+    host = torch.empty(4, SIZE, dtype=torch.uint8)
+    assert block_copies._pin(host) is host
+    block_copies._unpin(host)
+    assert asked == [(host.data_ptr(), 4 * SIZE, 0), host.data_ptr()]
+    assert not caplog.records
+    assert block_copies._pin(host) is None
+    assert "CUDA error 2" in caplog.text and "memlock" in caplog.text
