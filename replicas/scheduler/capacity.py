@@ -80,7 +80,10 @@ def unpromised(tracker: Tracker, limit: float, first: BoolArray | None = None) -
     promised its own in turn (`Tracker.in_turn`); the first one fits whatever it asks for, and who
     is paused asks for nothing. Those that are `first`, readers or not, come before all others. None
     when all fit. [TokenFlow §4.3]"""
-    rows, claimed = tracker.claims(first)
+    rows, claimed = tracker.claims()
+    if first is not None:
+        rows = rows[np.argsort(~first[rows], kind="stable")]
+        claimed = np.cumsum(tracker.rate[rows] * (first[rows] | ~tracker.elastic[rows]))
     if not len(rows) or claimed[-1] <= limit:
         return None
     beyond = np.zeros(len(tracker), bool)

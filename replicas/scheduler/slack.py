@@ -103,13 +103,16 @@ class _Outlook:
         self.parked: BoolArray = self.late
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.favoured: BoolArray = self.late
+        self.favouring = False
+        """Whether there is anybody to favour."""
         if tracker.shared_by_tenants:
             self.favoured = within_share(view, self.remaining)
+            self.favouring = bool(self.favoured.any())
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
         gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
-        first = self.favoured if tracker.shared_by_tenants else None
+        first = self.favoured if self.favouring else None
         parked = unpromised(tracker, LOAD_FACTOR * gives, first)
         if parked is not None:
             self.parked = parked
@@ -189,8 +192,7 @@ class _Pass:
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
         self.plan.load = self.outlook.load
-        self.favouring = bool(self.outlook.favoured.any())
-        """Whether there is anybody to favour."""
+        self.favouring = self.outlook.favouring
 
     def run(self) -> Plan:
         self._make_room_for_growth()
@@ -198,15 +200,13 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
-        if self.favouring:
-            rows = rows[np.argsort(~self.outlook.favoured[rows], kind="stable")]
         if self.decoding[rows].all():
             self.plan.batch = decode_batch(self.view, rows)
-        else:
-            limit = self._chunk(rows)
-            if self.tracker.shared_by_tenants:
-                rows, limit = self._shared(rows, limit)
-            self.plan.batch = compose_batch(self.view, rows, prefill_tokens=limit)
+            return self.plan
+        limit = self._chunk(rows)
+        if self.tracker.shared_by_tenants:
+            rows, limit = self._shared(rows, limit)
+        self.plan.batch = compose_batch(self.view, rows, prefill_tokens=limit)
         return self.plan
 
     def _shared(self, rows: IntArray, limit: int | None) -> tuple[IntArray, int | None]:
@@ -281,7 +281,7 @@ class _Pass:
 
     def _preempt(self, rows: IntArray) -> None:
         view, tracker = self.view, self.tracker
-        columns = (rows, tracker.blocks[rows], self._at_once(rows), view.slots_to_offload(rows))
+        columns = (rows, tracker.blocks[rows], self._released(rows), view.slots_to_offload(rows))
         for row, blocks, at_once, slots in zip(*(c.tolist() for c in columns), strict=True):
             how = Preempt.RECOMPUTE
             released = blocks
@@ -297,8 +297,8 @@ class _Pass:
             self.on_device -= 1
             self.plan.preempt.append((tracker.sequences[row], how))
 
-    def _at_once(self, rows: IntArray) -> IntArray:
-        """Blocks that are free as soon as each has left."""
+    def _released(self, rows: IntArray) -> IntArray:
+        """Blocks that are free as soon as each of them leaves."""
         released = self.view.released_now(rows)
         if self.favouring:
             # Who has not begun leaves nothing to copy.
@@ -322,19 +322,20 @@ class _Pass:
         rests = rests[np.argsort(-slack, kind="stable")]
         if not self.favouring:
             return _Victims(self.view, rests, rows[:0], outlook)
-        stayed |= tracker.computed == 0
-        stayed &= ~outlook.favoured
-        stayed[rests] = False
-        return _Victims(self.view, rests, rows[stayed[rows]][::-1], outlook)
+        yields = stayed | (tracker.computed == 0)
+        yields &= ~outlook.favoured
+        yields[rests] = False
+        return _Victims(self.view, rests, rows[yields[rows]][::-1], outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
+        favoured = self.favouring and bool(self.outlook.favoured[row])
         missing, gives = blocks - self.free - self.coming_free, victims.blocks
-        if self.outlook.favoured[row]:
-            at_once = self._at_once(victims.rows)
-            if int(at_once[victims.here].sum()) >= blocks - self.free:
+        if favoured:
+            released = self._released(victims.rows)
+            if released[victims.here].sum() >= blocks - self.free:
                 # Its first token does not wait for copies.
-                missing, gives = blocks - self.free, at_once
+                missing, gives = blocks - self.free, released
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
@@ -342,7 +343,7 @@ class _Pass:
         leaves = ~victims.gains
         if not only_held:
             leaves |= victims.slack_s >= floor
-        leaves[victims.rests :] = self.outlook.favoured[row]
+        leaves[victims.rests :] = favoured
         leaves &= victims.here
         chosen = np.flatnonzero(leaves)
         enough = int(needs_place)

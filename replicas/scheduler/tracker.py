@@ -165,7 +165,8 @@ class Tracker:
     def _forget_rows(self) -> None:
         for name, column in self._columns.items():
             setattr(self, name, column[: len(self.sequences)])
-        self._context = self._alone = self._longest_first = self._arrived = None
+        self._context = self._alone = None
+        self._arrived = self._longest_first = None
         self._forget_places()
         self._forget_readers()
 
@@ -272,20 +273,14 @@ class Tracker:
             self._in_turn = np.lexsort(keys)
         return self._in_turn
 
-    def claims(self, first: BoolArray | None = None) -> tuple[IntArray, FloatArray]:
+    def claims(self) -> tuple[IntArray, FloatArray]:
         """The rows of those who do not pause, in turn, and what the readers up to and including
-        each ask for together, tokens/s. Those that are `first`, readers or not, count and come
-        before all others."""
-        if first is None:
-            if self._claims is None:
-                rows = self.in_turn()
-                rows = rows[~self.paused[rows]]
-                self._claims = rows, np.cumsum(self.rate[rows] * ~self.elastic[rows])
-            return self._claims
-        rows = self.in_turn()
-        rows = rows[~self.paused[rows]]
-        rows = rows[np.argsort(~first[rows], kind="stable")]
-        return rows, np.cumsum(self.rate[rows] * (first | ~self.elastic)[rows])
+        each ask for together, tokens/s."""
+        if self._claims is None:
+            rows = self.in_turn()
+            rows = rows[~self.paused[rows]]
+            self._claims = rows, np.cumsum(self.rate[rows] * ~self.elastic[rows])
+        return self._claims
 
     @property
     def shared_by_tenants(self) -> bool:
