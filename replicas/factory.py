@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenflow.kvstore.segment import Segment
 from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
@@ -150,13 +153,20 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
-def private_host_memory(slots: int, layout: KVLayout, device: str) -> Any:
-    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`.
+def private_host_memory(slots: int, layout: KVLayout, device: str, ranks: int = 1) -> Any:
+    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`; for several
+    ranks, which are processes, a Segment whose file goes when the object does.
 
-    Written to at once, because the first touch of a page is dearer than a copy.
+    Written to at once, because the first touch of a page is dearer than a copy. Raises KVStoreError
+    when a segment does not fit.
     """
     import torch
 
+    if ranks > 1 and slots:
+        name = f"private-{uuid.uuid4().hex}"
+        segment = Segment.create(name, slot_bytes=layout.block_bytes, num_slots=slots, epoch=0)
+        weakref.finalize(segment, Path(segment.path).unlink, missing_ok=True)
+        return segment
     shape = (slots, layout.block_bytes)
     return torch.empty(shape, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
 
@@ -170,9 +180,10 @@ def build_executor(
     num_blocks: int,
     sharers: int = 1,
 ) -> Executor:
-    """Load the model. `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`,
-    or None. Unless `engine.kv_tokens` says how much KV a GPU holds it is measured, and `num_blocks`
-    not used; but not where several share a model. Raises CheckpointError or ConfigError."""
+    """Load the model. `host_memory` is the node's Segment, None, or for one rank any uint8 tensor
+    `[slots, block_bytes]`. Unless `engine.kv_tokens` says how much KV a GPU holds it is measured,
+    and `num_blocks` not used; but not where several share a model. Raises CheckpointError,
+    ConfigError or KVStoreError."""
     from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
@@ -187,10 +198,20 @@ def build_executor(
         "attention_backend": config.attention_backend,
         "decode_graphs": config.decode_graphs,
     }
+    segment = host_memory if isinstance(host_memory, Segment) else None
     if ranks > 1:
-        return ParallelExecutor(spec, ranks, **options)
+        return ParallelExecutor(spec, ranks, host=segment, **options)
+    if segment is not None:
+        host_memory = segment.tensor()
     budget = _memory_budget(spec, config, device, sharers)
     return TorchExecutor(spec, host_memory=host_memory, memory=budget, **options)
+
+
+def processes_of(executor: Executor) -> list[int]:
+    """Pids of the processes besides this one that copy into host memory for it."""
+    from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
+
+    return executor.processes if isinstance(executor, ParallelExecutor) else []
 
 
 def build_engine(

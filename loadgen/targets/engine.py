@@ -80,7 +80,9 @@ class EngineTarget:
             self._directory,
             self._config,
             SimHost(self._host_slots),
-            host_memory=private_host_memory(self._host_slots, layout, device),
+            host_memory=private_host_memory(
+                self._host_slots, layout, device, self._config.tensor_parallel
+            ),
             device=device,
             num_blocks=blocks,
         )

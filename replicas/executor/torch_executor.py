@@ -21,7 +21,7 @@ from tokenflow.replicas.executor.base import (
     StepResult,
     TokenLogprobs,
 )
-from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies
+from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies, Reports
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.fusion import fuse_model
 from tokenflow.replicas.executor.graphs import CudaCapture, DecodeGraphs, replayed
@@ -86,15 +86,18 @@ class TorchExecutor:
         decode_graphs: bool | None = None,
         memory: MemoryBudget | None = None,
         shard: Shard | None = None,
+        reports: Reports | None = None,
     ) -> None:
         """Load the model and allocate the pool; of both a rank's part with `shard`, whose process
         group must be there.
 
-        `host_memory` is uint8 `[slots, block_bytes]`, the node's shared segment. `num_threads` sets
-        torch's threads for this process. `decode_graphs` None: where the device has graphs and the
-        backend does not read all of a table whatever is in it. With `memory` as many blocks are
-        made as fit it, by measurement, instead of `num_blocks`. Raises CheckpointError, and
-        ConfigError for a backend that cannot run here.
+        `host_memory` is uint8 `[slots, slot_bytes]`, the node's shared segment; a slot is a block,
+        or the parts that all ranks have of one. Finished copies go to `reports`, if not to
+        `poll_transfers`. `num_threads` sets torch's threads for this process. `decode_graphs` None:
+        where the device has graphs and the backend does not read all of a table whatever is in it.
+        With `memory` as many blocks are made as fit it, by measurement, instead of `num_blocks`.
+        Raises CheckpointError, KVStoreError for host memory of another layout, and ConfigError for
+        a backend that cannot run here.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -123,9 +126,9 @@ class TorchExecutor:
         blocks = self._pool.bytes_view(num_blocks)
         self._copies: Copies
         if cuda:
-            self._copies = CudaCopies(blocks, host_memory)
+            self._copies = CudaCopies(blocks, host_memory, shard, reports)
         else:
-            self._copies = CopyThread(blocks, host_memory)
+            self._copies = CopyThread(blocks, host_memory, shard, reports)
         if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
             self._graphs = self._capture(spec, max_num_seqs)
 

@@ -8,7 +8,8 @@ import xxhash
 
 from tokenflow.replicas.errors import KVStoreError
 from tokenflow.replicas.executor import block_copies
-from tokenflow.replicas.executor.block_copies import CopyThread, runs
+from tokenflow.replicas.executor.block_copies import CopyThread, Reports, runs
+from tokenflow.replicas.executor.parallel.sharding import Shard
 
 SIZE = 4096
 
@@ -136,3 +137,36 @@ def test_a_small_job_is_done_at_once_unless_others_wait(memory):
     done = wait(copies, 4)
     assert [d.job_id for d in done if d.checksums is None] == [large, small]
     copies.close()
+
+
+@pytest.mark.parametrize("inline_bytes", [-1, block_copies._INLINE_BYTES])
+def test_each_rank_copies_its_part_of_a_slot(inline_bytes, monkeypatch):
+    monkeypatch.setattr(block_copies, "_INLINE_BYTES", inline_bytes)
+    generator = torch.Generator().manual_seed(4)
+    devices = torch.randint(1, 256, (3, 8, SIZE), generator=generator, dtype=torch.uint8)
+    before = devices.clone()
+    host = torch.zeros(8, 3 * SIZE, dtype=torch.uint8)
+    reports = Reports()
+    ranks = [CopyThread(devices[rank], host, Shard(rank, 3), reports) for rank in range(3)]
+    assert [rank.to_host([(1, 5), (2, 6), (7, 0)]) for rank in ranks] == [1, 1, 1]
+    # Of whole slots nobody here knows when they are filled.
+    assert [d.checksums for d in wait(ranks[0], 3)] == [(), (), ()]
+    for block, slot in ((1, 5), (2, 6), (7, 0)):
+        assert torch.equal(host[slot], before[:, block].flatten())
+    assert not host[[1, 2, 3, 4, 7]].any()
+    sums = [xxhash.xxh3_64_intdigest(host[slot].numpy()) for slot in (5, 6)]
+    host[6, -1] ^= 1
+    for rank in ranks:
+        rank.to_device([(5, 0), (6, 3)], sums if rank is ranks[0] else ())
+    assert sorted(d.corrupt for d in wait(ranks[1], 3)) == [(), (), (1,)]
+    assert torch.equal(devices[:, 0], before[:, 1])
+    untouched = [1, 2, 4, 5, 6, 7]
+    assert torch.equal(devices[:, untouched], before[:, untouched])
+    for rank in ranks:
+        rank.close()
+
+
+def test_slots_without_room_for_all_parts_are_refused(memory):
+    device, host = memory
+    with pytest.raises(KVStoreError, match="do not hold the 4096 bytes that each of 2 ranks has"):
+        CopyThread(device, host, Shard(1, 2))
