@@ -155,14 +155,16 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
 
 def private_host_memory(slots: int, layout: KVLayout, device: str, ranks: int = 1) -> Any:
     """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`; for several
-    ranks, which are processes, a Segment whose file goes when the object does.
+    ranks, which are processes, a Segment whose file goes when the object does (None for no slots).
 
     Written to at once, because the first touch of a page is dearer than a copy. Raises KVStoreError
     when a segment does not fit.
     """
     import torch
 
-    if ranks > 1 and slots:
+    if ranks > 1 and not slots:
+        return None
+    if ranks > 1:
         name = f"private-{uuid.uuid4().hex}"
         segment = Segment.create(name, slot_bytes=layout.block_bytes, num_slots=slots, epoch=0)
         weakref.finalize(segment, Path(segment.path).unlink, missing_ok=True)
@@ -198,11 +200,10 @@ def build_executor(
         "attention_backend": config.attention_backend,
         "decode_graphs": config.decode_graphs,
     }
-    segment = host_memory if isinstance(host_memory, Segment) else None
     if ranks > 1:
-        return ParallelExecutor(spec, ranks, host=segment, **options)
-    if segment is not None:
-        host_memory = segment.tensor()
+        return ParallelExecutor(spec, ranks, host=host_memory, **options)
+    if isinstance(host_memory, Segment):
+        host_memory = host_memory.tensor()
     budget = _memory_budget(spec, config, device, sharers)
     return TorchExecutor(spec, host_memory=host_memory, memory=budget, **options)
 

@@ -155,6 +155,13 @@ class _Job(Protocol):
 _INLINE_BYTES = 1 << 20
 
 
+def _clear(target: torch.Tensor, pairs: Pairs, places: Seq[int]) -> None:
+    """Of the device blocks that were loaded, those in which is no KV: it may be no number either,
+    and what an attention masks counts 0 times, which is not 0 of a NaN."""
+    for place in places:
+        target[pairs[place][1]].zero_()
+
+
 class CopyThread:
     """One worker thread, first in first out, so that a load sees the offload before it.
 
@@ -208,6 +215,7 @@ class CopyThread:
             seconds = time.perf_counter() - begun
             if job.expected is not None:
                 corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+                _clear(job.target, job.pairs, corrupt)
         except Exception as failure:  # reported, and the next job still runs
             return CopyDone(job.job_id, failure, 0.0)
         sums = self._memory.to_come(job.expected)
@@ -287,7 +295,7 @@ class CudaCopies:
                 target[to : to + blocks].copy_(source[first : first + blocks], non_blocking=True)
             ended.record(way.stream)
         self._last += 1
-        way.worker.put(_CudaJob(self._last, list(pairs), begun, ended, expected))
+        way.worker.put(_CudaJob(self._last, list(pairs), target, begun, ended, expected))
         return self._last
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
@@ -303,6 +311,7 @@ class CudaCopies:
 class _CudaJob(NamedTuple):
     job_id: int
     pairs: list[tuple[int, int]]
+    target: torch.Tensor
     begun: Any
     ended: Any
     """Events with timing."""
@@ -328,6 +337,10 @@ class _Direction:
             with torch.cuda.device(self.stream.device):
                 job.ended.synchronize()
                 seconds = job.begun.elapsed_time(job.ended) / 1e3
+                if corrupt:
+                    with torch.cuda.stream(self.stream):
+                        _clear(job.target, job.pairs, corrupt)
+                    self.stream.synchronize()
         except Exception as failure:  # reported, and the next job is still waited for
             return CopyDone(job.job_id, failure, 0.0)
         sums = self._memory.to_come(job.expected)

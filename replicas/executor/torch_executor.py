@@ -272,6 +272,10 @@ class TorchExecutor:
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         return self._copies.to_device(pairs, expected)
 
+    def clear(self, block_ids: Seq[int]) -> None:
+        """Zero blocks, after all that was launched before."""
+        self._pool.data.index_fill_(0, torch.tensor(block_ids, device=self._device), 0)
+
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         return self._copies.poll(timeout_s)
 

@@ -25,8 +25,8 @@ from tokenflow.replicas.executor.host_memory import HostMemory
 class _Job:
     """A copy that has not ended on all ranks."""
 
-    slots: list[int] | None
-    """To sum when it has ended; None on the way to the device."""
+    pairs: list[tuple[int, int]]
+    to_host: bool
     begun_s: float
     done: list[CopyDone]
     """Of the ranks that have ended."""
@@ -42,12 +42,12 @@ class DividedCopies:
         self._memory = HostMemory(host)
         self._reports = reports
         self._jobs: dict[int, _Job] = {}
+        self._corrupt: list[int] = []
         self._sums = ThreadPoolExecutor(1, thread_name_prefix="kv-sums")
 
-    def begin(self, job_id: int, slots: Seq[int] | None) -> None:
-        """A job was started on all ranks; `slots` are those it writes, None for a load."""
-        written = None if slots is None else list(slots)
-        self._jobs[job_id] = _Job(written, time.monotonic(), [])
+    def begin(self, job_id: int, pairs: Seq[tuple[int, int]], *, to_host: bool) -> None:
+        """A job was started on all ranks; `pairs` as it was given them."""
+        self._jobs[job_id] = _Job(list(pairs), to_host, time.monotonic(), [])
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
         """Jobs that have ended on every rank, and checksums; waits at most `timeout_s` for one."""
@@ -68,14 +68,21 @@ class DividedCopies:
             return None
         del self._jobs[part.job_id]
         error = next((done.error for done in job.done if done.error is not None), None)
+        corrupt = sorted({place for done in job.done for place in done.corrupt})
+        self._corrupt += [job.pairs[place][1] for place in corrupt]
         if error is not None:
-            return CopyDone(part.job_id, error, 0.0)
+            return CopyDone(part.job_id, error, 0.0, (), tuple(corrupt))
         seconds = max(done.seconds for done in job.done)
-        if job.slots is None:
-            corrupt = sorted({place for done in job.done for place in done.corrupt})
+        if not job.to_host:
             return CopyDone(part.job_id, None, seconds, (), tuple(corrupt))
-        self._sums.submit(self._sum, part.job_id, job.slots)
+        self._sums.submit(self._sum, part.job_id, [slot for _, slot in job.pairs])
         return CopyDone(part.job_id, None, seconds, None)
+
+    def take_corrupt(self) -> list[int]:
+        """Device blocks that were loaded since the last call with what is no KV. The rank that
+        found out has cleared them."""
+        blocks, self._corrupt = self._corrupt, []
+        return blocks
 
     def _sum(self, job_id: int, slots: list[int]) -> None:
         self._reports.put(CopyDone(job_id, None, 0.0, self._memory.checksums(slots)))

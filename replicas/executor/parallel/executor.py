@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.parallel.copies import DividedCopies
 from tokenflow.replicas.executor.parallel.messages import (
     ANSWER_TIMEOUT,
+    Clear,
     Command,
     Load,
     Offload,
@@ -41,6 +43,9 @@ from tokenflow.replicas.executor.parallel.messages import (
 from tokenflow.replicas.executor.parallel.process import RankLostError, RankProcess
 from tokenflow.replicas.executor.parallel.sharding import Shard
 from tokenflow.replicas.executor.parallel.worker import join_group, make_executor
+
+_EXIT_S = 5.0
+"""Longest wait for the other ranks to end."""
 
 
 class ParallelExecutor:
@@ -148,17 +153,19 @@ class ParallelExecutor:
         # overwrite there: the job is reported when no rank reads the blocks any more.
         job_id = self._own.offload(pairs)
         self._tell(Offload(list(pairs)))
-        self._copies.begin(job_id, [slot for _, slot in pairs])
+        self._copies.begin(job_id, pairs, to_host=True)
         return job_id
 
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         job_id = self._own.load(pairs, expected)
         self._tell(Load(list(pairs)))
-        self._copies.begin(job_id, None)
+        self._copies.begin(job_id, pairs, to_host=False)
         return job_id
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         done = self._copies.poll(timeout_s)
+        if corrupt := self._copies.take_corrupt():
+            self._tell(Clear(corrupt))
         for other in self._workers:
             other.raise_if_lost(0.0)
         if self._copies.oldest_s > ANSWER_TIMEOUT.total_seconds():
@@ -177,7 +184,10 @@ class ParallelExecutor:
 
     def _end(self) -> None:
         for other in self._workers:
-            other.close()
+            other.hang_up()
+        until_s = time.monotonic() + _EXIT_S
+        for other in self._workers:
+            other.close(until_s)
         self._copies.close()
         if dist.is_initialized():
             dist.destroy_process_group()

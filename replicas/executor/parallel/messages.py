@@ -48,4 +48,10 @@ class Load(NamedTuple):
     pairs: list[tuple[int, int]]
 
 
-Command = Step | Offload | Load
+class Clear(NamedTuple):
+    """`TorchExecutor.clear`: the first rank has found that what was loaded is no KV."""
+
+    block_ids: list[int]
+
+
+Command = Step | Offload | Load | Clear

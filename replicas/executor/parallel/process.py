@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 
 from tokenflow.replicas.errors import CheckpointError, TokenFlowError
@@ -15,8 +16,6 @@ from tokenflow.replicas.executor.base import CopyDone
 from tokenflow.replicas.executor.block_copies import Reports
 from tokenflow.replicas.executor.parallel import worker
 from tokenflow.replicas.executor.parallel.messages import RankSettings
-
-_EXIT_S = 5.0
 
 
 class RankLostError(TokenFlowError):
@@ -90,13 +89,16 @@ class RankProcess:
         self._lost.set()
         self._loaded.set()
 
-    def close(self) -> None:
-        """End the process; one that waits for other ranks is killed. None of its copies is under
-        way any more then."""
+    def hang_up(self) -> None:
+        """Nothing more will be asked of it, so that it ends."""
         with contextlib.suppress(OSError):  # closed before
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self, until_s: float) -> None:
+        """Wait for its end until then, by time.monotonic; one that waits for other ranks is killed.
+        None of its copies is under way any more then."""
         try:
-            self._process.wait(_EXIT_S)
+            self._process.wait(max(0.0, until_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

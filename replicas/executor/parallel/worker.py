@@ -23,6 +23,7 @@ from tokenflow.replicas.executor.base import CopyDone
 from tokenflow.replicas.executor.block_copies import Reports
 from tokenflow.replicas.executor.parallel.messages import (
     ANSWER_TIMEOUT,
+    Clear,
     Command,
     Load,
     Offload,
@@ -83,7 +84,10 @@ def serve(pipe: Connection) -> None:
     try:
         settings: RankSettings = pipe.recv()
         join_group(settings)
-        host = None if settings.segment is None else Segment.attach(settings.segment)
+        host = None
+        if settings.segment is not None:
+            # Where it is to be page-locked, that enters the pages.
+            host = Segment.attach(settings.segment, prefault=settings.device == "cpu")
         executor = make_executor(settings, host)
         answer(None)
         threading.Thread(
@@ -98,6 +102,8 @@ def serve(pipe: Connection) -> None:
                     executor.offload(pairs)
                 case Load(pairs):
                     executor.load(pairs)
+                case Clear(block_ids):
+                    executor.clear(block_ids)
     except EOFError:
         return
     except Exception as error:

@@ -132,6 +132,8 @@ def test_a_small_job_is_done_at_once_unless_others_wait(memory):
     host[3, 0] ^= 1
     copies.to_device([(2, 5), (3, 6)], done.checksums)
     assert [d.corrupt for d in copies.poll(0.0)] == [(1,)]
+    assert torch.equal(device[5], host[2])
+    assert not device[6].any()
     large = copies.to_host([(i % 40, i % 40) for i in range(300)])
     small = copies.to_host([(0, 1)])
     done = wait(copies, 4)
@@ -160,6 +162,8 @@ def test_each_rank_copies_its_part_of_a_slot(inline_bytes, monkeypatch):
         rank.to_device([(5, 0), (6, 3)], sums if rank is ranks[0] else ())
     assert sorted(d.corrupt for d in wait(ranks[1], 3)) == [(), (), (1,)]
     assert torch.equal(devices[:, 0], before[:, 1])
+    assert not devices[0, 3].any()
+    assert devices[1, 3].any() and devices[2, 3].any()  # their ranks are told by the first one
     untouched = [1, 2, 4, 5, 6, 7]
     assert torch.equal(devices[:, untouched], before[:, untouched])
     for rank in ranks:

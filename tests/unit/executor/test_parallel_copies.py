@@ -6,11 +6,13 @@ segment.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 
 import pytest
+import torch
 import xxhash
 
 from tests.support.chaos import Chaos
@@ -93,12 +95,12 @@ def test_a_slot_is_summed_like_any_other_but_never_taken_for_that_of_a_whole_mod
     assert whole.stats.prefix_host_hit_tokens == whole.stats.corrupt_blocks == 0
 
 
-def test_a_flipped_bit_in_the_part_of_another_rank_never_changes_a_text(node, expected):
+def test_what_is_no_number_in_the_part_of_another_rank_never_changes_a_text(node, expected):
     engine = node.engines[0]
     assert ask_all(engine) == expected
     memory = node.segments[0].tensor()
     for slot in committed(node):
-        memory[slot, -1] ^= 64
+        memory[slot].view(torch.float32)[-1] = math.nan
     assert ask_all(engine) == expected
     assert engine.stats.corrupt_blocks > 0
     node.store.drop_cache()  # what nobody happened to load
@@ -159,8 +161,8 @@ def test_parts_become_one_report():
     reports = Reports()
     copies = DividedCopies(3, None, reports)
     assert copies.oldest_s == 0
-    copies.begin(7, None)
-    copies.begin(8, None)
+    copies.begin(7, [(0, 4), (1, 5), (2, 6), (3, 9)], to_host=False)
+    copies.begin(8, [(4, 0)], to_host=True)
     for done in (
         CopyDone(7, None, 0.2, (), (3,)),
         CopyDone(8, None, 0.1),
@@ -176,6 +178,8 @@ def test_parts_become_one_report():
     assert (failed.job_id, str(failed.error)) == (8, "broken")
     reports.put(CopyDone(7, None, 0.1))
     assert copies.poll(0.0) == [CopyDone(7, None, 0.5, (), (3,))]
+    assert copies.take_corrupt() == [9]
+    assert copies.take_corrupt() == []
     assert copies.oldest_s == 0
     copies.close()
 
