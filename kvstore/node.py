@@ -411,7 +411,7 @@ def _has_store(tables: Tables) -> bool:
 
 
 def _has_owner(tables: Tables) -> bool:
-    return any(_lives(tables, row) for row in np.flatnonzero(tables.owner_active))
+    return any(_lives(tables, row) for row in np.flatnonzero(tables.owner_active).tolist())
 
 
 def _lives(tables: Tables, row: int) -> bool:
