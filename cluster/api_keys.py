@@ -7,10 +7,14 @@ hashes make up for secrets that can be guessed, and these cannot. Who may use a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +86,47 @@ def load_keys(path: Path) -> list[ApiKey]:
     return parse_keys(text, str(path))
 
 
+@contextlib.contextmanager
+def editing(path: Path) -> Iterator[None]:
+    """While the body reads the file and saves it, no other process does. Raises ConfigError."""
+    try:
+        folder = os.open(path.resolve().parent, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def save_keys(path: Path, keys: list[ApiKey]) -> None:
-    """Replace the file in one step, so that nobody ever reads half of it; only its owner may read
-    it. Raises ConfigError."""
+    """Replace the file in one step, so that nobody ever reads half of it. Only its owner may read a
+    new one; one that is there keeps its owner and mode, for the server that reads it may not be
+    the user who writes it. Raises ConfigError."""
     tree: list[dict[str, Any]] = [key.model_dump(exclude_defaults=True) for key in keys]
     text = yaml.safe_dump(tree, sort_keys=False)
+    target = path.resolve()
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                if target.exists():
+                    _make_alike(descriptor, target.stat())
                 file.write(text)
-            os.replace(name, path)
+            os.replace(name, target)
         except BaseException:
             os.unlink(name)
             raise
     except OSError as error:
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}.") from None
+        raise _cannot_write(path, error) from None
+
+
+def _make_alike(descriptor: int, present: os.stat_result) -> None:
+    if (present.st_uid, present.st_gid) != (os.geteuid(), os.getegid()):
+        os.fchown(descriptor, present.st_uid, present.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(present.st_mode))
+
+
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write {str(path)!r}: {error.strerror}.")

@@ -1,8 +1,9 @@
 """When tokens on their way to a reader are sent: the first at once, then as the reader needs them.
 
 One message per token is what streaming costs most. While the reader's buffer is comfortable, tokens
-wait a moment and travel together; a reader who is about to run dry gets each one at once. Pure: no
-clock, no tasks.
+wait a moment and travel together; a reader who is about to run dry gets each one at once. A
+consumer that is no reader has no buffer to go by: a message comes a moment after the one before at
+the earliest. Pure: no clock, no tasks.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ import math
 from tokenflow.replicas.request import ReaderChange
 from tokenflow.replicas.scheduler.playback import Playback
 
+_NO_READER_DELAY_S = 0.1
+"""Least time between the messages of a consumer that is no reader; should somebody look, it still
+seems to flow."""
+
 
 class StreamCoalescer:
     """Decides for one stream; all times in seconds of one monotonic clock. `rate` in tokens/s;
-    infinite = no reader, for whom nothing is held back.
+    infinite = no reader.
 
     A token is never held longer than `max_delay_s`, and never while what the client has would last
     less than `lead_s`, so holding tokens back cannot make a reader stall.
     """
 
-    __slots__ = ("_client", "_lead_s", "_oldest", "_pending", "_sent", "max_delay_s")
+    __slots__ = ("_client", "_lead_s", "_oldest", "_pending", "_sent", "_sent_s", "max_delay_s")
 
     def __init__(self, rate: float, *, max_delay_s: float = 0.25, lead_s: float = 0.25) -> None:
         self._client = None if rate == math.inf else Playback(rate)
         self._sent = 0
+        self._sent_s = -math.inf
         self.max_delay_s = max_delay_s
         """Longest time a token is held."""
         self._lead_s = lead_s
@@ -47,7 +53,9 @@ class StreamCoalescer:
         """When the pending tokens must go (possibly in the past), None when there are none."""
         if not self._pending:
             return None
-        if self._client is None or not self._client.generated:
+        if self._client is None:
+            return self._sent_s + min(self.max_delay_s, _NO_READER_DELAY_S)
+        if not self._client.generated:
             return now
         comfortable_until = now + self._client.slack_s(now) - self._lead_s
         return min(self._oldest + self.max_delay_s, comfortable_until)
@@ -62,6 +70,7 @@ class StreamCoalescer:
         if self._pending and self._client is not None:
             self._client.generate(now, self._pending)
         self._sent += self._pending
+        self._sent_s = now
         self._pending = 0
 
     @property

@@ -143,8 +143,8 @@ class IngressConfig(_Section):
         default=0.25,
         ge=0,
         le=5,
-        description="Longest time a token waits to share a message with the next ones; only for "
-        "readers whose buffer is comfortable.",
+        description="Longest time a token waits to share a message with the next ones: for readers "
+        "whose buffer is comfortable, and 0.1 at most for those without a reader.",
     )
     rebalance_interval_s: float = Field(
         default=1.0,

@@ -24,7 +24,7 @@ async def before(deadline_s: float | None) -> AsyncIterator[None]:
 
 
 async def until(
-    items: AsyncGenerator[_Item, None], deadline_s: float | None
+    items: AsyncGenerator[_Item, None], deadline_s: float
 ) -> AsyncGenerator[_Item, None]:
     """The items that come before `deadline_s`. Raises DeadlineExceededError then; `items` is closed
     by that."""

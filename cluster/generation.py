@@ -15,6 +15,7 @@ from tokenflow.cluster.routing import counted_rate
 from tokenflow.cluster.stream import Stream
 from tokenflow.cluster.streams import StreamManager
 from tokenflow.cluster.tenancy import public_id
+from tokenflow.replicas.errors import TokenFlowError
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -127,6 +128,12 @@ class Generation:
         for stream in self.streams:
             self._manager.close(stream)
 
+    def fail(self, error: TokenFlowError) -> None:
+        """Cancel what still runs; its reader gets `error`. Idempotent."""
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                self._manager.cancel(stream, error)
+
     def read_from(self, counts: list[int]) -> None:
         """A reader comes who has so many tokens of each choice, one more if it was told of the end
         as well. Raises InvalidRequestError (416) when there were not so many; nothing has changed
@@ -186,8 +193,9 @@ class Generation:
         DeadlineExceededError at the deadline.
         """
         merged = self._merged(max_delay_s, heartbeat_s)
+        timed = merged if self._deadline_s is None else until(merged, self._deadline_s)
         try:
-            async for update in until(merged, self._deadline_s):
+            async for update in timed:
                 self._delivered += sum(event.token_id >= 0 for event in update.events)
                 yield update
             self._delivered = sum(len(stream.token_ids) for stream in self.streams)

@@ -134,7 +134,7 @@ class Ingress(Probes):
         if (path := config.security.keys_path) is not None:
             file = KeyFile(path)
             self._who = Authenticator(file.keys, share=1 / self._ingresses)
-            following = file.follow(self._who)
+            following = file.follow(self._who, self._journal.metrics.keys_stale)
             self._following = asyncio.get_event_loop().create_task(following)
 
     # -- HTTP -----------------------------------------------------------------------------------
@@ -459,6 +459,7 @@ class Ingress(Probes):
         await self._model_info()  # makes the replicas known
         kept = await self._reconnections.find(scoped_id(principal.tenant, request_id))
         principal.quota.hold(kept.generation)
+        principal.runs(kept.generation)
         return kept
 
     async def _change(self, principal: Principal, request_id: str, change: ReaderChange) -> None:
@@ -503,6 +504,7 @@ class Ingress(Probes):
         )
         with principal.quota.reserve(demand, time.monotonic()) as grant:
             grant.use = generation = await self._open(call, prompts, params, demand.rate, record)
+        principal.runs(generation)
         return generation
 
     async def _open(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from tokenflow.replicas.stats import TTFT_BUCKETS_S
 
@@ -39,6 +39,17 @@ class IngressMetrics:
             buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         )
+
+        self._keys_stale = Gauge(
+            "tokenflow_ingress_keys_stale",
+            "1 while the file of API keys cannot be used: the keys are those it had before.",
+            ["ingress"],
+            registry=self.registry,
+        ).labels(ingress_id)
+
+    def keys_stale(self, stale: bool) -> None:
+        """Whether changes of the file of API keys go unheard."""
+        self._keys_stale.set(stale)
 
     def ended(self, api: str, status: str, seconds: float) -> None:
         """A request has ended. `api` and `status` are of small fixed sets."""

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tokenflow.cluster.api_keys import ApiKey, key_hash, load_keys, new_key, save_keys
+from tokenflow.cluster.api_keys import (
+    ApiKey,
+    editing,
+    key_hash,
+    load_keys,
+    new_key,
+    save_keys,
+)
 from tokenflow.cluster.quotas import KeyLimits
 from tokenflow.replicas.errors import ConfigError
 
@@ -19,6 +26,12 @@ _LIMITS: dict[str, Callable[[str], float]] = {
     "streams": int,
     "rate": float,
 }
+
+_NAMES = {
+    "tenant": "1 to 64 letters, digits, '.', '_' or '-', and no sign at the beginning",
+    "id": "1 to 64 letters, digits, '.', '_' or '-'",
+}
+"""What may be given for them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.set_defaults(run=run_create)
     listing = commands.add_parser("list", help="show all keys, without what is secret")
     listing.set_defaults(run=run_list)
-    revoke = commands.add_parser("revoke", help="refuse a key from now on")
+    revoke = commands.add_parser("revoke", help="refuse a key from now on, and end what it runs")
     revoke.add_argument("id", help="its name")
     revoke.set_defaults(run=run_revoke)
     for command in (create, listing, revoke):
@@ -40,19 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_create(args: argparse.Namespace) -> int:
-    keys = load_keys(args.file) if args.file.exists() else []
-    name = args.id or f"{args.tenant}-{secrets.token_hex(4)}"
-    if any(key.id == name for key in keys):
-        raise ConfigError(f"{args.file} has a key named {name!r} already; choose another --id.")
+    # With the random part it is no longer than a name may be.
+    name = f"{args.tenant[:55]}-{secrets.token_hex(4)}" if args.id is None else args.id
     given = {limit: getattr(args, limit) for limit in _LIMITS}
     secret = new_key()
     try:
         limits = KeyLimits(**{k: v for k, v in given.items() if v is not None})
         entry = ApiKey(id=name, tenant=args.tenant, hash=key_hash(secret), limits=limits)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
-    save_keys(args.file, [*keys, entry])
+        # A wrong tenant makes a wrong name as well.
+        first = min(error.errors(), key=lambda item: item["loc"] != ("tenant",))
+        flag = "-".join(map(str, first["loc"])).replace("_", "-")
+        raise ConfigError(f"--{flag}: {_NAMES.get(flag, first['msg'])}.") from None
+    with editing(args.file):
+        keys = load_keys(args.file) if args.file.exists() else []
+        if any(key.id == name for key in keys):
+            raise ConfigError(f"{args.file} has a key named {name!r} already; choose another --id.")
+        save_keys(args.file, [*keys, entry])
     print(f"Key {name} of tenant {args.tenant}. It is shown this once:\n\n  {secret}\n")
     return 0
 
@@ -67,12 +84,14 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_revoke(args: argparse.Namespace) -> int:
-    keys = load_keys(args.file)
-    if not any(key.id == args.id for key in keys):
-        raise ConfigError(f"{args.file} has no key named {args.id!r}.")
-    save_keys(
-        args.file,
-        [k.model_copy(update={"revoked": True}) if k.id == args.id else k for k in keys],
-    )
+    with editing(args.file):
+        keys = load_keys(args.file)
+        if not any(key.id == args.id for key in keys):
+            known = ", ".join(key.id for key in keys) or "none"
+            raise ConfigError(f"{args.file} has no key named {args.id!r}; it has: {known}.")
+        save_keys(
+            args.file,
+            [k.model_copy(update={"revoked": True}) if k.id == args.id else k for k in keys],
+        )
     print(f"Key {args.id} is revoked.")
     return 0

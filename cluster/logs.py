@@ -45,6 +45,15 @@ class _OwnRequestId(logging.Filter):
         return True
 
 
+class _NoRefusals(logging.Filter):
+    """Serve writes two errors with tracebacks for each gRPC call that ends with a status of ours, a
+    wrong key included. Its client was told, and the call has a line of its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not getattr(getattr(error, "original_exception", error), "told", False)
+
+
 def about(request_id: str) -> dict[str, str]:
     """`extra` of a log line about a client's request, written outside of its task."""
     return {"client_request_id": request_id}
@@ -57,6 +66,7 @@ def adopt_engine_logs() -> None:
     for handler in serve.handlers:
         if not any(isinstance(each, _OwnRequestId) for each in handler.filters):
             handler.addFilter(_OwnRequestId())
+            handler.addFilter(_NoRefusals())
     own.handlers = list(serve.handlers)
     own.setLevel(serve.level)
     own.propagate = False

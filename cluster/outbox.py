@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import replace
@@ -27,6 +28,10 @@ from tokenflow.replicas.errors import InvalidRequestError, RequestCancelledError
 from tokenflow.replicas.load import LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.request import ReaderChange
+
+_FRAME_INTERVAL_S = 0.005
+"""Least time between two frames for one ingress: each costs both sides more than its events do, and
+steps may be shorter."""
 
 
 class EngineDoor(Protocol):
@@ -186,6 +191,7 @@ class Outboxes:
         raise. When it ends, the ingress is taken for dead, unless it listens again."""
         outbox = self._outbox(ingress_id)
         connection = outbox.connection = object()
+        sent_s = -math.inf
         try:
             yield pack([], news=outbox.news(self._load()))
             while True:
@@ -197,10 +203,13 @@ class Outboxes:
                     if self._healthy():
                         yield pack([], news=outbox.news(self._load()))
                     continue
+                if (early_s := sent_s + _FRAME_INTERVAL_S - time.monotonic()) > 0:
+                    await asyncio.sleep(early_s)
                 outbox.ready.clear()
                 events, outbox.events = outbox.events, []
                 notices, outbox.notices = outbox.notices, []
                 if events or notices:
+                    sent_s = time.monotonic()
                     yield pack(events, notices, outbox.news(self._load()))
         finally:
             if outbox.connection is connection:

@@ -137,10 +137,10 @@ class StreamManager:
         if stream.finish_reason is None:
             stream.finish_reason = "cancelled"
 
-    def cancel(self, stream: Stream) -> None:
-        """End a stream on someone else's word; its reader gets RequestCancelledError."""
+    def cancel(self, stream: Stream, why: TokenFlowError | None = None) -> None:
+        """End a stream on someone else's word; its reader gets RequestCancelledError, or `why`."""
         self._release(stream)
-        stream.fail(RequestCancelledError("The request was cancelled."))
+        stream.fail(why or RequestCancelledError("The request was cancelled."))
 
     def _release(self, stream: Stream) -> None:
         self._open.pop(stream.id, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,9 @@ from tokenflow.loadgen.metrics import StreamRecord
 from tokenflow.loadgen.report import Report
 from tokenflow.loadgen.workload import Workload
 from tokenflow.replicas.errors import ConfigError, TokenFlowError
+
+_NUMBERS = re.compile(r"\[\n[-+.,\s\deE]+\]")
+"""A list of numbers over several lines; within a string no line ends."""
 
 
 class SaveError(TokenFlowError):
@@ -67,7 +71,7 @@ class RunFolder:
 
     def finish(self, report: Report, html: str) -> None:
         """Write the report; the last thing there is."""
-        self._write("report.json", report.model_dump_json(indent=1) + "\n")
+        self._write("report.json", indented(report) + "\n")
         self._write("report.html", html)
 
     def check(self) -> None:
@@ -89,6 +93,13 @@ class RunFolder:
 
     def _failed(self, name: str, error: OSError) -> None:
         self._problem = self._problem or f"{name}: {error.strerror}"
+
+
+def indented(report: Report) -> str:
+    """A report as JSON of many lines, but each list of numbers on one."""
+    return _NUMBERS.sub(
+        lambda found: "".join(found.group().split()), report.model_dump_json(indent=1)
+    )
 
 
 def record_line(record: StreamRecord) -> str:

@@ -28,7 +28,7 @@ from tokenflow.replicas.load import LoadMeter, LoadReport
 from tokenflow.replicas.output import TokenEvent
 from tokenflow.replicas.overload import OverloadReport, take_report
 from tokenflow.replicas.request import FinishReason, ReaderChange, Request, Sequence, State
-from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rate
+from tokenflow.replicas.scheduler.capacity import Load, assess, reference_rates
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.playback import effective_tokens
@@ -429,13 +429,13 @@ class Engine:
         self._next_pacing_s = now + _PACING_INTERVAL_S
         self.tracker.refresh()
         kv_tokens = self.kv.pool.num_blocks * self._block_size
-        rate = reference_rate(
+        rates = reference_rates(
             self.tracker, self.cost, kv_tokens, self.config.max_num_seqs, self._expected_lengths()
         )
-        if rate is None:
+        if rates is None:
             return
         for seq in self._elastic.values():
-            seq.playback.set_rate(rate, now)
+            seq.playback.set_rate(float(rates[seq.row]), now)
             self.tracker.touch(seq)
 
     # -- applying a plan ------------------------------------------------------------------------

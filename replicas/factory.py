@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 import os
 import uuid
 import weakref
@@ -153,24 +155,34 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
-def private_host_memory(slots: int, layout: KVLayout, device: str, ranks: int = 1) -> Any:
+def private_host_memory(slots: int, layout: KVLayout, ranks: int = 1) -> Any:
     """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`; for several
     ranks, which are processes, a Segment whose file goes when the object does (None for no slots).
 
-    Written to at once, because the first touch of a page is dearer than a copy. Raises KVStoreError
-    when a segment does not fit.
+    Written to at once, because the first touch of a page is dearer than a copy; of large pages,
+    where the kernel has them, which take less time to touch and to lock. The executor locks them:
+    torch's own allocator of page-locked memory would round up to a power of two. Raises
+    KVStoreError when a segment does not fit.
     """
     import torch
 
-    if ranks > 1 and not slots:
-        return None
     if ranks > 1:
-        name = f"private-{uuid.uuid4().hex}"
-        segment = Segment.create(name, slot_bytes=layout.block_bytes, num_slots=slots, epoch=0)
-        weakref.finalize(segment, Path(segment.path).unlink, missing_ok=True)
-        return segment
-    shape = (slots, layout.block_bytes)
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=device != "cpu").zero_()
+        return _private_segment(slots, layout) if slots else None
+    size = slots * layout.block_bytes
+    if size == 0:
+        return torch.empty((0, layout.block_bytes), dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(memoryview(pages), dtype=torch.uint8).zero_()
+    return memory.view(slots, layout.block_bytes)
+
+
+def _private_segment(slots: int, layout: KVLayout) -> Segment:
+    name = f"private-{uuid.uuid4().hex}"
+    segment = Segment.create(name, slot_bytes=layout.block_bytes, num_slots=slots, epoch=0)
+    weakref.finalize(segment, Path(segment.path).unlink, missing_ok=True)
+    return segment
 
 
 def build_executor(

@@ -36,6 +36,9 @@ class State(Enum):
     """KV is on its way to its device blocks: its own, or a cached prefix of its text."""
     FINISHED = "finished"
 
+    # The tracker looks up every sequence's state; an Enum would hash its name, in Python.
+    __hash__ = object.__hash__
+
 
 ARCS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.RUNNING, State.LOADING, State.FINISHED}),

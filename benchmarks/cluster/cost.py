@@ -188,8 +188,8 @@ def main() -> None:
             for way, row in table.items():
                 shown = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
                 print(f"  {way:7} {shown}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -44,6 +44,12 @@ class Setting:
     step_s: float | None
     http_port: int
     grpc_port: int
+    traces_to: str | None = None
+    sample_ratio: float = 0.0
+
+    def traced(self, endpoint: str, sample_ratio: float) -> Setting:
+        """The same, with traces of so many requests sent there."""
+        return replace(self, traces_to=endpoint, sample_ratio=sample_ratio)
 
     @property
     def rate(self) -> float:
@@ -61,6 +67,7 @@ class Setting:
                 },
                 "kvstore": {"host_kv_gib": 0},
                 "ingress": {"port": self.http_port, "grpc_port": self.grpc_port},
+                "tracing": {"endpoint": self.traces_to, "sample_ratio": self.sample_ratio},
             }
         )
 

@@ -12,12 +12,12 @@ run() {
     tokenflow simulate-cluster "$@" --json "$out/cluster-$name.json"
 }
 
+python "$here/cost.py" --settings flat,steps --repeats 3 --json "$out/cluster-cost.json"
 python "$here/router_cost.py" --json "$out/cluster-router-cost.json"
 python "$here/burst.py" --share 0.25 --json "$out/cluster-burst.json"
 python "$here/overload.py" --share 0.4 --json "$out/cluster-overload.json"
-python "$here/tenants.py" --json "$out/cluster-tenants.json"
+python "$here/tenants.py" --share 1 --flood-share 0.2 --json "$out/cluster-tenants.json"
 python -m benchmarks.cluster.kill --json "$out/cluster-kill.json"
-python "$here/tenants.py" --json "$out/cluster-tenants.json"
 run sim-burst --replicas 8,32 --seeds 5 --plot docs/images/burst-routers.svg
 run sim-burst-reduced --replicas 8,32,100,320,1000 --seeds 5 --model reduced
 for ingresses in 4 16; do

@@ -2,15 +2,24 @@
 
 The same requests of a quiet tenant are sent alone, then while `--flood` requests of another tenant
 are always under way, and, to compare, while as many of its own tenant are. The three are repeated
-in turn on one cluster. The flood comes from a process of its own.
+in turn on one cluster.
 
-Run: python benchmarks/cluster/tenants.py [--flood N] [--seconds S] [--repeats N] [--json FILE]
+What is asked is how the cluster shares its replica. Everything runs on one machine all the same, so
+the flood also takes processor time from what is not its own to take: its clients from the servers
+and from the client that measures. --flood-share bounds the process that floods to that much of a
+processor, as clients on machines of their own take none. With --share the replica has that much of
+one and no more, alone as well, as on a machine of its own: else it is faster alone, where it has
+both. Proxy, ingress and the measuring client share the rest, as they do on a node.
+
+Run: python benchmarks/cluster/tenants.py [--flood N] [--seconds S] [--repeats N] [--share X]
+         [--flood-share X] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import subprocess
 import sys
@@ -20,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from bursts import CHANNELS, asks, write
+from bursts import CHANNELS, asks, pids, write
+from shares import processor_shares
 
 from tokenflow.cluster.api_keys import ApiKey, key_hash, new_key, save_keys
 from tokenflow.cluster.config import load_config
@@ -97,13 +107,18 @@ def phase(
         return asyncio.run(measure(address, quiet, requests))
     command = [sys.executable, __file__, "--flood", str(args.flood), "--rate", str(args.rate)]
     process = subprocess.Popen([*command, "--as", address, flooding])
-    try:
-        time.sleep(_RAMP_S)
-        return asyncio.run(measure(address, quiet, requests))
-    finally:
-        process.kill()
-        process.wait()
-        time.sleep(_RAMP_S)
+    with bounded([process.pid], args.flood_share):
+        try:
+            time.sleep(_RAMP_S)
+            return asyncio.run(measure(address, quiet, requests))
+        finally:
+            process.kill()
+            process.wait()
+            time.sleep(_RAMP_S)
+
+
+def bounded(processes: list[int], share: float | None) -> contextlib.AbstractContextManager[None]:
+    return processor_shares(processes, share) if share else contextlib.nullcontext()
 
 
 def figures(times: list[float | None]) -> dict[str, float]:
@@ -125,6 +140,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="tokens/s of every reader")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--share", type=float, help="processors of the replica")
+    parser.add_argument("--flood-share", type=float, help="processors of the flood's clients")
     parser.add_argument("--as", nargs=2, metavar=("ADDRESS", "KEY"), help=argparse.SUPPRESS)
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -160,14 +177,15 @@ def main() -> None:
         with LocalCluster(load_config(None, overrides)) as cluster:
             cluster.serve()
             address = cluster.grpc_target
-            phase(address, requests[:24], secrets["quiet"], secrets["flooding"], args)
-            for _ in range(args.repeats):
-                for name, key in (
-                    ("alone", None),
-                    ("other tenant", secrets["flooding"]),
-                    ("same tenant", secrets["same"]),
-                ):
-                    found[name] += phase(address, requests, secrets["quiet"], key, args)
+            with bounded(pids("replica"), args.share):
+                phase(address, requests[:24], secrets["quiet"], secrets["flooding"], args)
+                for _ in range(args.repeats):
+                    for name, key in (
+                        ("alone", None),
+                        ("other tenant", secrets["flooding"]),
+                        ("same tenant", secrets["same"]),
+                    ):
+                        found[name] += phase(address, requests, secrets["quiet"], key, args)
     result = {name: figures(times) for name, times in found.items()}
     ratios = {
         name: result[name]["ttft_p99_s"] / result["alone"]["ttft_p99_s"]

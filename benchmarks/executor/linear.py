@@ -1,5 +1,6 @@
 """Constant products beside torch's own linear layer, on a CPU: the matrices of one model, batch by
-batch, in turns.
+batch, in turns. Then, each in a process of its own, what products with ever new numbers of rows
+cost with padded rows and without.
 
 Run: python benchmarks/executor/linear.py --threads 2 --json benchmarks/results/executor-linear.json
 """
@@ -9,22 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
+from tokenflow.replicas.executor import linear
 from tokenflow.replicas.executor.linear import Linear, constant_linear
 
 SHAPES = ((4096, 768), (768, 2048), (1280, 768), (768, 768))
 """`[out, in]` of a layer: gate and up, down, q, k and v, o. 75M parameters in all."""
 LAYERS = 12
 BATCHES = (1, 8, 32, 128, 512)
+NEW_ROWS = range(40, 520)
 
 
 def main() -> int:
@@ -40,6 +46,12 @@ def main() -> int:
             f"{row['dtype']:>8}  batch {row['batch']:>3}  linear {row['linear_ms']:7.2f} ms  "
             f"constant {row['constant_ms']:7.2f} ms  ratio {row['ratio']:.2f}"
         )
+    spawn = get_context("spawn")
+    new = []
+    for padded in (True, False):
+        with spawn.Pool(1) as pool:
+            new.append(pool.apply(new_rows, (padded, args.threads)))
+        print("  ".join(f"{name} {value}" for name, value in new[-1].items()))
     if args.json:
         result = {
             "command": " ".join(["python", *sys.argv]),
@@ -50,6 +62,7 @@ def main() -> int:
             },
             "threads": args.threads,
             "rows": rows,
+            "new_rows": new,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -79,6 +92,32 @@ def measure(dtype_name: str, repeats: int) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+@torch.inference_mode()
+def new_rows(padded: bool, threads: int) -> dict[str, object]:
+    """One layer's products, float32, with every number of rows once."""
+    torch.set_num_threads(threads)
+    layer = [constant_linear(torch.randn(shape), None) for shape in SHAPES]
+    inputs = [torch.randn(NEW_ROWS[-1], shape[1]) for shape in SHAPES]
+    run([layer], inputs)
+    before = peak_kib()
+    times = []
+    with patch.object(linear, "padded_rows", linear.padded_rows if padded else int):
+        for rows in NEW_ROWS:
+            some = [x[:rows] for x in inputs]
+            times.append(timed(partial(run, [layer], some)))
+    grown_mib = (peak_kib() - before) / 1024
+    return {
+        "padded": padded,
+        "numbers_of_rows": len(NEW_ROWS),
+        "mean_ms": round(mean(times) * 1e3, 3),
+        "memory_grown_mib": round(grown_mib, 1),
+    }
+
+
+def peak_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(layers: list[list[Linear]], inputs: list[torch.Tensor]) -> None:

@@ -23,6 +23,11 @@ from tokenflow.replicas.simulator.probe import probe
 from tokenflow.replicas.simulator.run import simulate
 from tokenflow.replicas.simulator.settings import SETTINGS
 
+_HOST_KV_TOKENS = 1 << 16
+"""Enough for the probe; the runs that are compared say what they had."""
+_MARGIN_S = 15.0
+"""Rounds of the grid are not cut off."""
+
 COMPARED = ("duration_s", "raw_tok_s", "effective_tok_s", "ttft_mean_s", "ttft_p99_s", "stall_s")
 
 
@@ -34,12 +39,12 @@ def measure(run: Run, path: Path) -> None:
         max_num_seqs=16 if tiny else setting.machine().max_num_seqs,
         max_batch_tokens=64 if tiny else setting.machine().max_batch_tokens,
     )
-    bench = Bench(run.args.model, config, host_kv_tokens=4096 if tiny else setting.kv_tokens)
+    bench = Bench(run.args.model, config, host_kv_tokens=4096 if tiny else _HOST_KV_TOKENS)
     try:
         seen = probe(
             bench,
             POLICIES[:2] if tiny else POLICIES,
-            seconds=5.0 if tiny else run.seconds_left - 60,
+            seconds=5.0 if tiny else max(20.0, run.seconds_left - _MARGIN_S),
             seed=1,
         )
         found = calibrate(
@@ -78,7 +83,7 @@ def compare(run: Run, path: Path) -> None:
                 kv_tokens=settings["kv_tokens"],
                 host_kv_tokens=settings["host_kv_tokens"],
             )
-            load = arrivals(letter, seed, duration, tiny="tiny" in rest)
+            load = arrivals(letter, seed, duration, scale=settings["scale"], tiny="tiny" in rest)
             outcome = simulate(machine_of, make_policy(policy), load)
             predicted = figures(outcome.records, outcome.stats)
             run.keep(f"{letter}, {policy}", _errors(real, predicted))

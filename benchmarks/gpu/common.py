@@ -117,19 +117,23 @@ class Run:
     def executor(
         self, config: EngineConfig, *, kv_tokens: int, host_tokens: int = 0
     ) -> tuple[Executor, ModelSpec]:
+        """With KV for exactly so many tokens, in whole blocks."""
+        blocks = -(-kv_tokens // config.block_size)
+        # Said, and not measured, so that every variant has the same.
+        config = config.model_copy(update={"kv_tokens": blocks * config.block_size})
         spec = inspect_model(self.args.model, config, self.args.device)
         layout = spec.kv_layout(config.block_size)
         memory = None
         if host_tokens:
             memory = private_host_memory(
-                host_tokens // config.block_size, layout, self.args.device, config.tensor_parallel
+                host_tokens // config.block_size, layout, config.tensor_parallel
             )
         executor = build_executor(
             spec,
             config,
             host_memory=memory,
             device=self.args.device,
-            num_blocks=-(-kv_tokens // config.block_size),
+            num_blocks=blocks,
         )
         return executor, spec
 
@@ -179,7 +183,7 @@ def link_gb_s(run: Run, block: int, *, to_host: bool) -> float:
     count = max(1, (8 << 20 if run.args.tiny else 1 << 30) // block)
     host = torch.empty(count, block, dtype=torch.uint8, pin_memory=run.args.device == "cuda")
     device = torch.zeros(count, block, dtype=torch.uint8, device=run.device)
-    source, target = (device, host) if to_host else (host.random_(256), device)
+    source, target = (device, host) if to_host else (host.fill_(85), device)
 
     def copies() -> None:
         for i in range(count):
@@ -189,10 +193,11 @@ def link_gb_s(run: Run, block: int, *, to_host: bool) -> float:
 
 
 def block_ids(sequences: int, tokens: int, block_size: int) -> Iterator[np.ndarray]:
-    """Block tables of sequences of that length, which share no block."""
+    """Block tables of sequences of that length, which share no block; scattered as later on."""
     blocks = -(-tokens // block_size)
+    order = np.random.default_rng(1).permutation(sequences * blocks).astype(np.int32)
     for i in range(sequences):
-        yield np.arange(i * blocks, (i + 1) * blocks, dtype=np.int32)
+        yield order[i * blocks : (i + 1) * blocks]
 
 
 def decoding(

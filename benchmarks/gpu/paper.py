@@ -5,6 +5,10 @@ same requests, for every policy. A policy takes about as long as its requests ne
 minutes each. So a call runs the policies that have no result yet, until `--seconds` would not do
 for one more; call again for the rest. What a call cuts off after its time is said, and not kept.
 
+`--scale N` divides outputs and KV memory by N; prompts, arrivals and readers stay, so that memory
+and device are short as before, but for about an Nth of the time. It is another load than the
+paper's.
+
 The bound is the simulator's for this setting by the data sheet (`bounds.py` in replicas/simulator).
 """
 
@@ -23,7 +27,7 @@ from tokenflow.loadgen.metrics import percentile, summarize
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.simulator.bounds import bounds
 from tokenflow.replicas.simulator.live import Bench, run_live
-from tokenflow.replicas.simulator.settings import SETTINGS
+from tokenflow.replicas.simulator.settings import SETTINGS, Setting
 from tokenflow.replicas.simulator.workload import Arrival, burst, poisson, requests
 
 POLICIES = ("slack", "tokenflow", "fcfs", "chunked", "andes")
@@ -32,9 +36,18 @@ _MARGIN_S = 20.0
 """Loading, pinning the host memory, and writing results."""
 
 
-def arrivals(letter: str, seed: int, duration_s: float, *, tiny: bool) -> list[Arrival]:
+def scaled(letter: str, scale: int) -> Setting:
+    setting = SETTINGS[f"h200-{letter}"]
+    return replace(
+        setting, output_mean=setting.output_mean // scale, kv_tokens=setting.kv_tokens // scale
+    )
+
+
+def arrivals(
+    letter: str, seed: int, duration_s: float, *, scale: int = 1, tiny: bool = False
+) -> list[Arrival]:
     if not tiny:
-        return SETTINGS[f"h200-{letter}"].arrivals(seed, [(READ_TOK_S, 1.0)], duration_s)
+        return scaled(letter, scale).arrivals(seed, [(READ_TOK_S, 1.0)], duration_s)
     rng = random.Random(seed)
     times = burst(6) if letter in "ab" else poisson(20, 0.3, rng)
     return requests(times, 24, 32, [(READ_TOK_S, 1.0)], rng)
@@ -61,19 +74,21 @@ def main() -> None:
     flags.add_argument("--policy", default=",".join(POLICIES))
     flags.add_argument("--seed", type=int, default=101)
     flags.add_argument("--duration", type=float, default=60.0, help="of Poisson arrivals, s (60)")
-    flags.add_argument("--host-kv-gib", type=float, default=64.0)
+    flags.add_argument("--scale", type=int, default=1, help="shorter outputs, less memory (1)")
+    flags.add_argument("--host-kv-gib", type=float, default=64.0, help="divided by --scale (64)")
     flags.add_argument("--again", action="store_true", help="also policies that have a result")
     args = flags.parse_args()
     run = Run.start(args, f"paper-{args.setting}")
-    key = f"seed {args.seed}, {args.duration:g} s" + (", tiny" if args.tiny else "")
+    key = f"seed {args.seed}, {args.duration:g} s"
+    key += (f", 1/{args.scale}" if args.scale > 1 else "") + (", tiny" if args.tiny else "")
     if run.path.exists() and not args.again:
         run.results = json.loads(run.path.read_text())["results"]
     wanted = [p for p in args.policy.split(",") if f"{p}, {key}" not in run.results]
     if not wanted:
         print(f"{run.path} has every policy asked for")
         return
-    setting = SETTINGS[f"h200-{args.setting}"]
-    load = arrivals(args.setting, args.seed, args.duration, tiny=args.tiny)
+    setting = scaled(args.setting, args.scale)
+    load = arrivals(args.setting, args.seed, args.duration, scale=args.scale, tiny=args.tiny)
     config = run.config(
         kv_tokens=384 if args.tiny else setting.kv_tokens,
         max_num_seqs=16 if args.tiny else setting.machine().max_num_seqs,
@@ -92,6 +107,7 @@ def main() -> None:
                 "requests": len(load),
                 "seed": args.seed,
                 "poisson_s": args.duration,
+                "scale": args.scale,
                 "kv_tokens": config.kv_tokens,
                 "host_kv_tokens": bench.host_slots * config.block_size,
                 "load_s": time.monotonic() - begun,
@@ -125,7 +141,7 @@ def _host_tokens(run: Run, config: Any) -> int:
     from tokenflow.replicas.factory import inspect_model
 
     layout = inspect_model(run.args.model, config, run.args.device).kv_layout(config.block_size)
-    return int(run.args.host_kv_gib * 2**30 / layout.token_bytes)
+    return int(run.args.host_kv_gib / run.args.scale * 2**30 / layout.token_bytes)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The same model shape with random weights on the same device, the same prompts, all there at once,
 greedy, outputs of the same length. Each side runs twice and the second run counts, so that neither
-pays for its first use.
+pays for its first use; of theirs the first, where time does not allow for two.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def theirs(run: Run, prompts: list[list[int]], output: int, attention: str) -> f
     memory = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64) if run.args.tiny else None
     took = 0.0
     for _ in range(2):
+        if took > run.seconds_left:
+            break  # the first run has to do
         begun = time.monotonic()
         outputs = model.generate_batch(
             inputs=prompts, generation_config=generation, continuous_batching_config=memory

@@ -66,6 +66,9 @@ def add_inference_to_server(servicer: Any, server: Any) -> None:
 class RpcFailed(Exception):
     """Ends a call whose status has been set on its context."""
 
+    told = True
+    """See `logs`."""
+
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code

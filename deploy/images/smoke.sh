@@ -8,6 +8,8 @@ echo "user: $(id -u):$(id -g), $(python --version), $(ray --version)"
 bash -c 'command -v bash wget openssl'
 # A login shell, in which PATH is set anew, finds Ray too.
 bash -lc 'command -v ray tokenflow'
+# Traces can be sent.
+python -c 'import opentelemetry.exporter.otlp.proto.http.trace_exporter as otlp; print(otlp.__name__)'
 tokenflow serve --port "$port" --grpc-port $((port + 1)) --host-kv-gib 0.25 --kv-tokens 4096 &
 server=$!
 trap 'kill $server 2>/dev/null || true; wait $server || true' EXIT

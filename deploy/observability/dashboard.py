@@ -277,10 +277,12 @@ ROWS: dict[str, list[Json]] = {
         panel(
             "What should not happen",
             "short",
-            "Failed copies and wrong checksums per second; replicas without their node's store.",
+            "Failed copies and wrong checksums per second; replicas without their node's store; "
+            "ingresses that cannot use the file of API keys.",
             (rate("tokenflow_transfer_errors_total"), "failed copies"),
             (rate("tokenflow_corrupt_blocks_total"), "corrupt blocks"),
             (gauge("tokenflow_store_lost"), "store lost"),
+            (f"sum(max by (ingress) (tokenflow_ingress_keys_stale{_NODE}))", "keys stale"),
         ),
     ],
 }

@@ -134,7 +134,9 @@ class Executor(Protocol):
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         """Start copying host slots into device blocks: `(host slot, block id)`; a job id.
 
-        `expected` are checksums to verify, None (or nothing at all) for blocks that are not to be.
+        Slots must not be loaded before the copy that fills them was reported: the directions are
+        not ordered against each other. `expected` are checksums to verify, None (or nothing at
+        all) for blocks that are not to be.
         """
         ...
 

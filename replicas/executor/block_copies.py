@@ -93,7 +93,8 @@ _MOST_UNSUMMED = 256
 
 
 class _Worker:
-    """A thread that ends jobs in order, and computes checksums while it has nothing else to do."""
+    """A thread that ends jobs in order, and computes checksums while it has nothing else to do, a
+    block at a time: a copy that ends meanwhile is not reported much later for it."""
 
     def __init__(
         self, memory: HostMemory, reports: Reports, end: Callable[[Any], CopyDone]
@@ -104,7 +105,8 @@ class _Worker:
         self._reports = reports
         self._end = end
         self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._unsummed: deque[_Job] = deque()
+        self._unsummed: deque[tuple[_Job, list[int]]] = deque()
+        """Copied jobs, and the checksums of their first blocks."""
         self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
         self._thread.start()
 
@@ -122,7 +124,7 @@ class _Worker:
             try:
                 job = self._todo.get(block=not self._unsummed)
             except queue.Empty:
-                self._sum_oldest()
+                self._sum_block()
                 continue
             if job is None:
                 return
@@ -130,14 +132,18 @@ class _Worker:
             self._reports.put(done)
             self._ended += 1
             if done.checksums is None:
-                self._unsummed.append(job)
-            if len(self._unsummed) > _MOST_UNSUMMED:
-                self._sum_oldest()
+                self._unsummed.append((job, []))
+            while len(self._unsummed) > _MOST_UNSUMMED:
+                self._sum_block()
 
-    def _sum_oldest(self) -> None:
-        job = self._unsummed.popleft()
-        sums = self._memory.checksums([slot for _, slot in job.pairs])
-        self._reports.put(CopyDone(job.job_id, None, 0.0, sums))
+    def _sum_block(self) -> None:
+        """One block of the oldest job."""
+        job, sums = self._unsummed[0]
+        if len(sums) < len(job.pairs):
+            sums += self._memory.checksums([job.pairs[len(sums)][1]])
+        if len(sums) == len(job.pairs):
+            self._unsummed.popleft()
+            self._reports.put(CopyDone(job.job_id, None, 0.0, tuple(sums)))
 
     def close(self) -> None:
         self._todo.put(None)
@@ -251,7 +257,11 @@ def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
 
 
 class CudaCopies:
-    """A stream per direction, ordered against compute and each other by events."""
+    """A stream per direction, each ordered after the steps launched before.
+
+    The directions are not ordered against each other, so that a victim leaves while another comes
+    back: who loads a slot has had the report of the copy that filled it (`Executor.offload`).
+    """
 
     def __init__(
         self,
@@ -274,9 +284,6 @@ class CudaCopies:
         return self._start(self._out, self._device, self._memory.tensor, pairs, None)
 
     def to_device(self, pairs: Pairs, expected: Seq[int | None]) -> int:
-        # A slot is loaded only after its offload was reported, but a resumed request may be
-        # loaded while its blocks' former copies drain: keep the directions in order.
-        self._in.stream.wait_stream(self._out.stream)
         return self._start(self._in, self._memory.tensor, self._device, pairs, expected)
 
     def _start(
@@ -288,7 +295,8 @@ class CudaCopies:
         expected: Seq[int | None] | None,
     ) -> int:
         way.stream.wait_stream(torch.cuda.current_stream(self._device.device))
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Whoever waits sleeps: a copy may have a step to wait for, and a core is worth more.
+        begun, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         with torch.cuda.stream(way.stream):
             begun.record(way.stream)
             for first, to, blocks in _pieces(source, target, pairs):

@@ -1,13 +1,15 @@
 """Fewer, larger operations in transformers' model classes, with the same result.
 
 q, k and v become one matrix product, gate and up another, all products constant (`linear.py`),
-RMSNorm one kernel, and rotary angles a table. What does not look as expected is left as it is:
+RMSNorm one kernel, and rotary angles a table; where Triton runs, rotary embedding and the gated
+activation one kernel each (`fused_kernels.py`). What does not look as expected is left as it is:
 fusing is a matter of speed only.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -21,18 +23,20 @@ from tokenflow.replicas.executor.linear import constant_linear, use_constant_lin
 logger = logging.getLogger("tokenflow.engine")
 
 
-def fuse_model(model: Any, spec: ModelSpec) -> int:
-    """Fuse in place; returns the number of fused modules (0: the model runs as it came)."""
+def fuse_model(model: Any, spec: ModelSpec, *, kernels: bool = False) -> int:
+    """Fuse in place, with Triton's kernels if `kernels`; returns the number of fused modules (0:
+    the model runs as it came)."""
     body = model.model
+    by_kernel = kernels and spec.head_dim & (spec.head_dim - 1) == 0
     if not all(_is_attention(layer.self_attn) for layer in body.layers):
         logger.warning("%s: attention layers of an unknown form; not fused", spec.architecture)
         return 0
     fused = 0
     for layer in body.layers:
-        _fuse_attention(layer.self_attn)
+        _fuse_attention(layer.self_attn, _rotate_by_kernel if by_kernel else _rotate)
         fused += 1
         if _is_mlp(layer.mlp):
-            _fuse_mlp(layer.mlp)
+            _fuse_mlp(layer.mlp, kernels)
             fused += 1
     for module in body.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
@@ -51,11 +55,14 @@ def _is_mlp(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
 
 
-def _fuse_mlp(mlp: Any) -> None:
+def _fuse_mlp(mlp: Any, kernels: bool) -> None:
     parts = (mlp.gate_proj, mlp.up_proj)
     mlp.gate_up = constant_linear(torch.cat([p.weight for p in parts]), _cat_bias(parts))
     del mlp.gate_proj, mlp.up_proj
     use_constant_linear(mlp.down_proj)
+    if kernels and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        mlp.forward = MethodType(_silu_mlp, mlp)
+        return
 
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -63,6 +70,13 @@ def _fuse_mlp(mlp: Any) -> None:
         return out
 
     mlp.forward = MethodType(run, mlp)
+
+
+def _silu_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    from tokenflow.replicas.executor.fused_kernels import silu_and_multiply
+
+    out: torch.Tensor = self.down_proj(silu_and_multiply(self.gate_up(x)))
+    return out
 
 
 def _cat_bias(parts: tuple[Any, ...]) -> torch.Tensor | None:
@@ -79,13 +93,27 @@ def _is_attention(module: Any) -> bool:
     return len(biases) == 1 and hasattr(module, "head_dim") and hasattr(module, "scaling")
 
 
-def _fuse_attention(attn: Any) -> None:
+def _rotate(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`sin` carries the sign of the rotated half."""
+    return qk * cos + qk.roll(qk.shape[-1] // 2, -1) * sin
+
+
+def _rotate_by_kernel(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `_rotate`, in place."""
+    from tokenflow.replicas.executor.fused_kernels import rotate
+
+    rotate(qk, cos, sin)
+    return qk
+
+
+def _fuse_attention(attn: Any, rotate: Callable[..., torch.Tensor]) -> None:
     parts = (attn.q_proj, attn.k_proj, attn.v_proj)
     attn.qkv = constant_linear(torch.cat([p.weight for p in parts]), _cat_bias(parts))
     attn.num_q = attn.q_proj.out_features // attn.head_dim
     attn.num_kv = attn.k_proj.out_features // attn.head_dim
     del attn.q_proj, attn.k_proj, attn.v_proj
     use_constant_linear(attn.o_proj)
+    attn.rotate = rotate
     attn.forward = MethodType(_attend, attn)
 
 
@@ -104,9 +132,7 @@ def _attend(
     if hasattr(self, "q_norm"):
         query, key = qk.split((self.num_q, self.num_kv), 1)
         qk = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
-    cos, sin = position_embeddings
-    # `sin` carries the sign of the rotated half: x * cos + roll(x) * sin.
-    qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
+    qk = self.rotate(qk, *position_embeddings)
     assert CURRENT.batch is not None
     out = CURRENT.batch.attend(
         qk[:, : self.num_q], qk[:, self.num_q :], value, self.layer_idx, self.scaling

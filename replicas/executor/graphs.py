@@ -90,17 +90,20 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = torch.cuda.graph_pool_handle()
+        # One for all: what the allocator keeps for a stream, no other can use.
+        self._beside: Any = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         # Libraries set themselves up, and kernels are compiled, on a first run outside.
-        beside: Any = torch.cuda.Stream(self._device)
+        beside = self._beside
         beside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(beside):
             for _ in range(2):
                 run()
         torch.cuda.current_stream(self._device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do meanwhile (the copies' wait for events) is no part of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         replay: Callable[[], None] = graph.replay
         return replay

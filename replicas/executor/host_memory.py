@@ -5,8 +5,11 @@ Only where the bytes are and what their checksums are; who copies when is in blo
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,17 +76,32 @@ def pin(host: torch.Tensor) -> torch.Tensor | None:
     if host.is_pinned():
         return None
     size = host.numel() * host.element_size()
-    error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0)  # type: ignore[attr-defined]
-    if int(error) != 0:
+    begun = time.perf_counter()
+    error = _code(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))  # type: ignore[attr-defined]
+    if error != 0:
         logger.warning(
-            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow; raise the "
-            "locked-memory limit (ulimit -l, in a container --ulimit memlock=-1)",
+            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow and hold up "
+            "the engine; raise the locked-memory limit (ulimit -l, in a container --ulimit "
+            "memlock=-1)",
             size / 2**30,
-            int(error),
+            error,
         )
+        # CUDA keeps the error for whoever asks next, which is the next kernel's launch.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)
         return None
+    logger.info(
+        "page-locked %.1f GiB of host KV in %.1f s", size / 2**30, time.perf_counter() - begun
+    )
     return host
 
 
 def unpin(host: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[attr-defined]
+    error = _code(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))  # type: ignore[attr-defined]
+    if error != 0:
+        logger.warning("cannot unlock the host KV's pages (CUDA error %d)", error)
+
+
+def _code(error: Any) -> int:
+    """The number of a `cudaError`, whichever kind of enumeration torch makes it."""
+    return int(getattr(error, "value", error))

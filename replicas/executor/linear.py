@@ -3,8 +3,8 @@
 torch's own linear layer hands oneDNN (bfloat16) or MKL (float32) the weight as it lies, and it is
 laid out anew in every call. benchmarks/executor/linear.py measures both side by side.
 
-oneDNN makes code for one number of rows, which takes it 2 ms and 0.6 MB for each number that it has
-not seen; so rows are padded to few different numbers.
+oneDNN makes code for each number of rows that it has not seen, which takes time and memory that it
+keeps (measured there as well); so rows are padded to few different numbers.
 """
 
 from __future__ import annotations

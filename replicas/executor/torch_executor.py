@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tokenflow.replicas.errors import StepMemoryError
+from tokenflow.replicas.errors import CheckpointError, StepMemoryError
 from tokenflow.replicas.executor.attention.base import IntArray, PackedStep
 from tokenflow.replicas.executor.attention.choice import BackendName, make_backend
 from tokenflow.replicas.executor.attention.pool import KVPool
@@ -23,12 +23,14 @@ from tokenflow.replicas.executor.base import (
 )
 from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies, Reports
 from tokenflow.replicas.executor.checkpoint import ModelSpec
+from tokenflow.replicas.executor.device import has_triton
 from tokenflow.replicas.executor.fusion import fuse_model
 from tokenflow.replicas.executor.graphs import CudaCapture, DecodeGraphs, replayed
 from tokenflow.replicas.executor.memory import MemoryBudget, fit_blocks, step_blocks, worst_step
 from tokenflow.replicas.executor.model import hidden_states, load_model, logits_of
 from tokenflow.replicas.executor.parallel.sharding import Shard
 from tokenflow.replicas.executor.transfer import Download, upload
+from tokenflow.replicas.sampling.params import SamplingParams
 from tokenflow.replicas.sampling.sampler import Drawn, draw
 
 _MOST_IN_GRAPH = 512
@@ -109,10 +111,13 @@ class TorchExecutor:
         self.layout = spec.kv_layout(block_size)
         self.vocab_size = spec.vocab_size
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._use_device()
         before = memory.memory.used() if memory is not None else 0
         self._model = load_model(whole, self._device, shard)
         if fuse:
-            fuse_model(self._model, spec)
+            fuse_model(self._model, spec, kernels=has_triton(self._device))
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=self._device)
         """The token that was drawn last for each slot."""
         self._graphs: DecodeGraphs | None = None
@@ -122,15 +127,41 @@ class TorchExecutor:
             weights = memory.memory.used() - before
             num_blocks = self._fit(spec, attention_backend, max_num_seqs, memory, weights)
         self.num_blocks = num_blocks
-        self._make_pool(spec, attention_backend, num_blocks)
+        try:
+            self._make_pool(spec, attention_backend, num_blocks)
+            if cuda:
+                self._warm_up(spec.max_model_len)
+            if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
+                self._graphs = self._capture(spec, max_num_seqs)
+        except (torch.OutOfMemoryError, StepMemoryError) as error:
+            raise CheckpointError(
+                f"{spec.name}: {num_blocks} KV blocks and the graphs do not fit beside the weights "
+                f"({error}); lower engine.kv_tokens, engine.max_num_seqs or engine.memory_fraction."
+            ) from error
         blocks = self._pool.bytes_view(num_blocks)
         self._copies: Copies
         if cuda:
             self._copies = CudaCopies(blocks, host_memory, shard, reports)
         else:
             self._copies = CopyThread(blocks, host_memory, shard, reports)
-        if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
-            self._graphs = self._capture(spec, max_num_seqs)
+
+    def _use_device(self) -> None:
+        """What a thread launches by Triton goes to its current device, whatever the tensors are on;
+        and the engine's thread is another than the one that made it."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _warm_up(self, max_len: int) -> None:
+        """Have kernels compiled and libraries set up before the first request: a chunk beside a
+        long context, and a short one, in the block that is nobody's."""
+        params = SamplingParams(max_tokens=1, top_p=0.9)
+        table = np.full(-(-max_len // self.layout.block_size), self.num_blocks, np.int32)
+        chunk, long, short = (
+            ScheduledSequence(0, tokens, start, table, True, params, (), ())
+            for tokens, start in (((0,) * 8, 0), ((0,), max_len - 1), ((0,), 1))
+        )
+        self.execute([chunk, long])
+        self.execute([short])
 
     def _make_pool(self, spec: ModelSpec, backend: BackendName, num_blocks: int) -> None:
         # One block more than the engine knows of, for the padding of graphs.
@@ -194,6 +225,7 @@ class TorchExecutor:
 
     def _step(self, batch: Seq[ScheduledSequence], *, ahead: bool) -> _Step:
         """With `ahead`, tokens may be UNKNOWN, and those drawn are kept on the device."""
+        self._use_device()
         try:
             return self._run(batch, ahead)
         except torch.OutOfMemoryError as error:
@@ -210,7 +242,12 @@ class TorchExecutor:
         sampled = [k for k, s in enumerate(packed) if s.sample]
         host = self._pack(packed, len(prefills))
         step, rows = host.step, host.ends[sampled]
-        arrays = [host.token_ids, host.positions, rows]
+        graphs = self._graphs
+        if graphs is not None and (prefills or not graphs.fits(len(packed))):
+            graphs = None
+        arrays: list[np.ndarray[Any, Any]] = [host.token_ids, host.positions, rows]
+        # Without a graph the backend brings the tables over in its own form.
+        arrays.append(step.block_tables if graphs is not None else step.block_tables[:0])
         unknown = []
         if ahead:
             unknown = [k for k, s in enumerate(packed) if s.token_ids[-1] == UNKNOWN]
@@ -219,12 +256,11 @@ class TorchExecutor:
                 host.ends[unknown],
                 np.array([packed[k].slot for k in unknown], np.int64),
             ]
-        ids, positions, sample_rows, *links = upload(arrays, self._device)
+        ids, positions, sample_rows, tables, *links = upload(arrays, self._device)
         if unknown:
             ids.index_copy_(0, links[1], self._last.index_select(0, links[2]))
-        if self._graphs is not None and not prefills and self._graphs.fits(len(packed)):
-            (tables,) = upload([step.block_tables], self._device)
-            hidden = self._graphs.run(ids, positions, tables)
+        if graphs is not None:
+            hidden = graphs.run(ids, positions, tables)
         else:
             hidden = hidden_states(self._model, ids, positions, self._attention.prepare(step))
         places = [order[k] for k in sampled]

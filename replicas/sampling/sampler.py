@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tokenflow.replicas.executor.base import UNKNOWN, ScheduledSequence, TokenLogprobs
+from tokenflow.replicas.executor.device import has_triton
 from tokenflow.replicas.executor.transfer import upload
 from tokenflow.replicas.sampling.params import SamplingParams
 
@@ -86,46 +87,72 @@ def _adjusts(rows: Seq[ScheduledSequence]) -> bool:
 def _adjust(
     logits: torch.Tensor, rows: Seq[ScheduledSequence], last: torch.Tensor | None
 ) -> torch.Tensor:
-    """Penalties, biases and suppressed ids of the rows that ask for them; in place."""
+    """Penalties, then biases, then suppressed ids of the rows that ask for them: of all at once, so
+    that it takes as many launches for a batch as for one. In place."""
+    penalized = [i for i, row in enumerate(rows) if row.params.penalizes]
+    if penalized:
+        _penalize(logits, rows, penalized, last)
+    vocab = logits.shape[1]
+    biased, amounts, forbidden = [], [], []
     for i, row in enumerate(rows):
-        if row.params.penalizes:
-            _penalize(logits[i], row, None if last is None else last[i : i + 1])
-        if row.params.logit_bias:
-            bias = row.params.logit_bias
-            ids, values = upload(
-                [np.array(list(bias)), np.array(list(bias.values()), np.float32)], logits.device
-            )
-            logits[i].index_add_(0, ids, values)
-        if row.suppress_ids and len(row.suppress_ids) < logits.shape[1]:
-            (ids,) = upload([np.array(row.suppress_ids)], logits.device)
-            logits[i].index_fill_(0, ids, _NEG_INF)
+        bias = row.params.logit_bias
+        if bias:
+            biased.append(i * vocab + np.array(list(bias), np.int64))
+            amounts.append(np.array(list(bias.values()), np.float32))
+        if row.suppress_ids and len(row.suppress_ids) < vocab:
+            forbidden.append(i * vocab + np.array(row.suppress_ids, np.int64))
+    flat = logits.view(-1)
+    if biased:
+        ids, values = upload([np.concatenate(biased), np.concatenate(amounts)], logits.device)
+        flat.index_add_(0, ids, values)
+    if forbidden:
+        (ids,) = upload([np.concatenate(forbidden)], logits.device)
+        flat.index_fill_(0, ids, _NEG_INF)
     return logits
 
 
-def _penalize(logits: torch.Tensor, row: ScheduledSequence, last: torch.Tensor | None) -> None:
-    """One row, in place. Repetition over prompt and output, the others over the output only."""
-    params = row.params
-    known = row.output_ids
-    unknown = bool(known) and known[-1] == UNKNOWN
-    if unknown:
-        known = known[:-1]
-    prompt, output = upload(
-        [np.array(row.prompt_ids, np.int64), np.array(known, np.int64)], logits.device
+def _penalize(
+    logits: torch.Tensor,
+    rows: Seq[ScheduledSequence],
+    penalized: list[int],
+    last: torch.Tensor | None,
+) -> None:
+    """Some rows, in place. Repetition over prompt and output, the others over the output only."""
+    vocab = logits.shape[1]
+    prompts, outputs, awaited, params = [], [], [], []
+    for k, i in enumerate(penalized):
+        known = rows[i].output_ids
+        if known and known[-1] == UNKNOWN:
+            known = known[:-1]
+            awaited.append((k, i))
+        prompts.append(k * vocab + np.array(rows[i].prompt_ids, np.int64))
+        outputs.append(k * vocab + np.array(known, np.int64))
+        p = rows[i].params
+        params.append((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
+    index, prompt, output, late, factors = upload(
+        [
+            np.array(penalized, np.int64),
+            np.concatenate(prompts),
+            np.concatenate(outputs),
+            np.array(awaited, np.int64).reshape(-1, 2),
+            np.array(params, np.float32),
+        ],
+        logits.device,
     )
-    if unknown:
+    if awaited:
         assert last is not None
-        output = torch.cat([output, last])
-    if params.repetition_penalty != 1.0:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen.index_fill_(0, prompt, True).index_fill_(0, output, True)
-        penalty = params.repetition_penalty
-        changed = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits.copy_(torch.where(seen, changed, logits))
-    if len(output) and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.zeros_like(logits)
-        counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
-        fine = params.presence_penalty + params.frequency_penalty * counts
-        logits.sub_(torch.where(counts > 0, fine, 0.0))
+        output = torch.cat([output, late[:, 0] * vocab + last.index_select(0, late[:, 1])])
+    scores = logits.index_select(0, index)
+    counts = torch.zeros_like(scores)
+    counts.view(-1).index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+    drawn = counts > 0
+    seen = drawn.clone()
+    seen.view(-1).index_fill_(0, prompt, True)
+    repetition, presence, frequency = factors.T[:, :, None]
+    changed = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = torch.where(seen, changed, scores)
+    scores -= torch.where(drawn, presence + frequency * counts, 0.0)
+    logits.index_copy_(0, index, scores)
 
 
 def _draw(scores: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
@@ -146,8 +173,12 @@ def _draw(scores: torch.Tensor, rows: Seq[ScheduledSequence]) -> torch.Tensor:
     elif filtered:
         (index,) = upload([np.array(filtered)], scores.device)
         x.index_copy_(0, index, _filter(x.index_select(0, index), [params[i] for i in filtered]))
-    noise = -torch.log(-torch.log(_uniform(seeds, positions, x.shape[1])))
-    return (x + noise).argmax(-1)
+    bases = seeds * -7046029254386353131 + positions * -4658895280553007687
+    if has_triton(x.device):
+        from tokenflow.replicas.executor.fused_kernels import noisy_argmax
+
+        return noisy_argmax(x, bases)
+    return (x + gumbel(bases, x.shape[1])).argmax(-1)
 
 
 def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
@@ -173,16 +204,16 @@ def _filter(x: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
     return torch.empty_like(x).scatter_(1, index, ordered)
 
 
-def _uniform(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Uniform numbers in (0, 1), float32 `[rows, vocab]`: a splitmix64 hash of (seed, position,
-    token id). int64 arithmetic wraps alike on CPU and GPU."""
-    x = (seeds * -7046029254386353131 + positions * -4658895280553007687)[:, None]
-    x = x + torch.arange(vocab, device=seeds.device) * 7664345821815920749
+def gumbel(bases: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Gumbel noise, float32 `[rows, vocab]`, of uniform numbers in (0, 1): a splitmix64 hash of
+    `bases`, int64 `[rows]`, and the token id. int64 arithmetic wraps alike on CPU and GPU."""
+    x = bases[:, None] + torch.arange(vocab, device=bases.device) * 7664345821815920749
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     x = x ^ ((x >> 31) & ((1 << 33) - 1))
     # 23 bits, because with the half added float32 holds them exactly: never 0, never 1.
-    return ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+    uniform = ((x >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+    return -torch.log(-torch.log(uniform))
 
 
 def _logprobs(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenflow.replicas.scheduler.cost import CostModel
+from tokenflow.replicas.scheduler.fairness import fair_share
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray, Tracker
 
 LOAD_FACTOR = 0.92
@@ -74,18 +75,17 @@ def sustained(gamma: float, cost: CostModel, prompts_per_output: float) -> float
     return gamma * min(1.0, _ALL / (LOAD_FACTOR * (1.0 + prefills)))
 
 
-def unpromised(tracker: Tracker, limit: float) -> BoolArray | None:
+def unpromised(tracker: Tracker, limit: float, first: BoolArray | None = None) -> BoolArray | None:
     """The readers, shape [len(tracker)], whose rates do not fit into `limit` tokens/s when each is
     promised its own in turn (`Tracker.in_turn`); the first one fits whatever it asks for, and who
-    is paused asks for nothing. None when all fit. [TokenFlow §4.3]"""
-    rates = tracker.rate * ~(tracker.elastic | tracker.paused)
-    if float(rates.sum()) <= limit:
+    is paused asks for nothing. Those that are `first`, readers or not, come before all others. None
+    when all fit. [TokenFlow §4.3]"""
+    rows, claimed = tracker.claims(first)
+    if not len(rows) or claimed[-1] <= limit:
         return None
-    order = tracker.in_turn()
-    order = order[~tracker.paused[order]]
     beyond = np.zeros(len(tracker), bool)
-    beyond[order] = np.cumsum(rates[order]) > limit
-    beyond[order[0]] = False
+    beyond[rows] = claimed > limit
+    beyond[rows[0]] = False
     return beyond
 
 
@@ -105,25 +105,31 @@ def assess(
     return Load(gamma, int(np.count_nonzero(beyond)), overloaded=True)
 
 
-def reference_rate(
+def reference_rates(
     tracker: Tracker,
     cost: CostModel,
     kv_tokens: int,
     max_num_seqs: int,
     length: IntArray | FloatArray | None = None,
-) -> float | None:
-    """The rate, tokens/s, that each consumer who takes all it can get is to be served at: an equal
-    share of what the readers leave. None while the capacity is unknown.
+) -> FloatArray | None:
+    """The rate, tokens/s, shape [len(tracker)], at which each consumer who takes all it can get is
+    to be served: an equal share of what its tenant's readers leave of the tenant's fair share of
+    the capacity. None while the capacity is unknown, or without such consumers.
 
     It rises to what one stream can be given when there is headroom; under load it falls to a floor,
     so that what such a stream has already got looks like a long buffer, and it makes room first.
     """
     everything = capacity(tracker, cost, kv_tokens, max_num_seqs, length)
     takers = tracker.elastic & ~tracker.paused
-    count = int(np.count_nonzero(takers))
-    if math.isinf(everything) or not count:
+    if math.isinf(everything) or not takers.any():
         return None
-    readers = float(tracker.rate[~(tracker.elastic | tracker.paused)].sum())
+    tenants, tenant = np.unique(tracker.tenant, return_inverse=True)
+    counts = np.bincount(tenant[takers], minlength=len(tenants))
+    readers = tracker.rate * ~(tracker.elastic | tracker.paused)
+    read = np.bincount(tenant, weights=readers, minlength=len(tenants))
+    share = fair_share(np.where(counts > 0, math.inf, read).tolist(), LOAD_FACTOR * everything)
     alone = cost.step_s(1, 0)
     most = 1.0 / alone if alone > 0 else math.inf
-    return min(max((LOAD_FACTOR * everything - readers) / count, _FLOOR), most)
+    each = (share - read) / np.maximum(counts, 1)
+    rates: FloatArray = np.minimum(np.maximum(each, _FLOOR), most)[tenant]
+    return rates

@@ -44,14 +44,18 @@ def fair_share(demands: Iterable[float], total: float) -> float:
     return math.inf
 
 
-def modest(
-    tenant: NDArray[np.int64], wants: NDArray[np.float64], total: float
+def entitled(
+    tenant: NDArray[np.int64],
+    order: NDArray[np.int64],
+    wants: NDArray[np.float64],
+    total: float,
 ) -> NDArray[np.bool_]:
-    """Whose tenant wants no more than its fair share of `total`, where there is not enough for all;
-    nobody where there is. All shapes [requests]."""
+    """The requests that their tenants' fair shares of `total` cover, in order of arrival; nobody
+    where there is enough for all, and none of a tenant that asks for more than twice its share. All
+    shapes [requests]; `order` as for `turns`."""
     sums = np.bincount(tenant, weights=wants)
     share = fair_share(sums[sums > 0].tolist(), total)
     if share == math.inf:
         return np.zeros(len(tenant), bool)
-    found: NDArray[np.bool_] = sums[tenant] <= share
-    return found
+    covered: NDArray[np.bool_] = turns(tenant, order, wants) + wants <= share * (1 + 1e-9)
+    return covered & (sums <= 2 * share)[tenant]

@@ -79,9 +79,9 @@ class View:
         """Blocks that hold the KV of `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def blocks_needed(self, rows: IntArray) -> IntArray:
-        """Blocks each takes to come onto the device: all its tokens and the next one, less what
-        others hold of its text."""
+    def blocks_needed(self, rows: IntArray | slice = slice(None)) -> IntArray:
+        """Blocks each of `rows`, or of all, takes to come onto the device: all its tokens and the
+        next one, less what others hold of its text."""
         tracker = self.tracker
         blocks: IntArray = tracker.context[rows] // self.block_size + 1 - tracker.shared[rows]
         return blocks
@@ -141,6 +141,12 @@ class Policy(Protocol):
         ...
 
 
+def decode_batch(view: View, rows: IntArray) -> list[tuple[Sequence, int]]:
+    """A step of `rows`, which all decode."""
+    sequences = view.tracker.sequences
+    return [(sequences[row], 1) for row in rows[: view.max_batch_tokens].tolist()]
+
+
 def compose_batch(
     view: View,
     rows: IntArray,
@@ -159,9 +165,9 @@ def compose_batch(
     kept = tracker.state[rows] != tracker.code(State.PREEMPTED)
     pending = tracker.context[rows] - tracker.computed[rows] * kept
     decoding = pending == 1
+    if decoding.all():
+        return decode_batch(view, rows)
     decodes = tracker.take(rows[decoding])
-    if len(decodes) == len(rows):
-        return [(seq, 1) for seq in decodes[: view.max_batch_tokens]]
     if prefill_first:
         decodes = []
     budget = view.max_batch_tokens - len(decodes)

@@ -12,13 +12,13 @@ The rules, in seconds rather than tokens so that they hold for every rate:
    given. Anyone who lacks `refill` of that buffer may take the place of a held stream.
 3. What the readers leave of the device goes to the longest outputs, which run ahead; and a stream
    with so much left that it would end alone, after all others, runs first (*late*).
-4. Readers are promised their rate in order of arrival, up to `load_factor` of the capacity. Those
-   beyond are *parked*: they run on what the promised ones leave and are first to make room. Of
-   several tenants each is promised its share (fairness.py). Where memory is short, the streams of
-   a tenant that asks for no more than its share of it are *favoured*: they come first, and those
-   of the others leave at once for them.
+4. Readers are promised their rate in order of arrival, up to LOAD_FACTOR of the capacity. Those
+   beyond are *parked*: they run on what the promised ones leave and are first to make room.
 5. A step carries no more prompt tokens than its readers' slack allows. Only where readers ask for
    more than can be promised do prompts get most of the device all the same.
+6. Of several tenants each is promised its share (fairness.py). Where there is not enough for all,
+   those that a share covers are *favoured*: they come first, others leave at once for them, and
+   what their first tokens wait for is kept short (sharing.py).
 
 A reader who pauses has no need of tokens: its stream comes onto the device only when nobody else
 wants it, and is the first to leave.
@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -46,9 +45,9 @@ from tokenflow.replicas.scheduler.capacity import (
     sustained,
     unpromised,
 )
-from tokenflow.replicas.scheduler.fairness import modest
 from tokenflow.replicas.scheduler.playback import FULL_WEIGHT_SHARE
-from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch
+from tokenflow.replicas.scheduler.policy import Plan, Preempt, View, compose_batch, decode_batch
+from tokenflow.replicas.scheduler.sharing import share_step, within_share
 from tokenflow.replicas.scheduler.tracker import BoolArray, FloatArray, IntArray
 
 _PREFILL_SHARE = 4.0
@@ -67,8 +66,6 @@ class SlackParams:
     late_reserve: float = 0.5
     """A stream is late when its own remaining steps, and this share of them again for the times
     that it cannot run, outlast the remaining work."""
-    load_factor: float = LOAD_FACTOR
-    """Share of the capacity that is promised; more than all of it cannot be."""
     min_residency_tokens: int = 8
     """Tokens a stream generates on the device before it can be a victim again."""
     growth_steps: int = 8
@@ -107,16 +104,15 @@ class _Outlook:
         gamma = capacity(tracker, view.cost, view.kv_tokens, view.max_num_seqs, length)
         self.favoured: BoolArray = self.late
         if tracker.shared_by_tenants:
-            wants = (tracker.context + np.maximum(self.remaining, 0)) * ~tracker.paused
-            self.favoured = modest(tracker.tenant, wants.astype(np.float64), view.kv_tokens)
+            self.favoured = within_share(view, self.remaining)
         self.load = Load(gamma)
         if math.isinf(gamma):
             return
         gives = sustained(gamma, view.cost, view.lengths.prompts_per_output)
-        parked = unpromised(tracker, min(params.load_factor, 1.0) * gives)
+        first = self.favoured if tracker.shared_by_tenants else None
+        parked = unpromised(tracker, LOAD_FACTOR * gives, first)
         if parked is not None:
             self.parked = parked
-            self.favoured = self.favoured & ~parked
             self.load = Load(gamma, int(np.count_nonzero(parked)), overloaded=True)
         if len(running):
             self._look_ahead(params, view, running, gamma)
@@ -130,12 +126,14 @@ class _Outlook:
         if step_s <= 0:
             return
         # Device seconds per token of a stream: its share of a full step.
-        mean = float(context.mean())
+        mean = float(context.sum()) / len(tracker)
         together = max(1.0, min(view.kv_tokens / mean, len(tracker), view.max_num_seqs))
         base = fixed / together + per_sequence
         rate = tracker.rate
         spare = 1.0 - base * float(rate.sum()) - per_token * float(rate @ context)
-        ahead: BoolArray = np.zeros(len(tracker), bool)
+        alone_s = self.remaining * step_s
+        work_s = float(self.remaining.sum()) / gamma
+        ahead: BoolArray = alone_s >= work_s
         if spare > 0:
             ends = context + self.remaining
             takes = np.maximum(1.0 / step_s - rate, 0.0) * (base + per_token * ends)
@@ -145,53 +143,26 @@ class _Outlook:
                 longest = np.argsort(-self.length, kind="stable")
             ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
         ahead &= ~tracker.paused
-        alone_s = self.remaining * step_s
-        work_s = float(self.remaining.sum()) / gamma
-        ahead |= (alone_s >= work_s) & ~tracker.paused
-        entitled = ahead | self.hungry
-        entitled |= self.gains & (tracker.state == tracker.code(State.RUNNING))
+        entitled = self.gains & (tracker.state == tracker.code(State.RUNNING))
+        entitled |= ahead
+        entitled |= self.hungry
         self.late = entitled & (alone_s * (1.0 + p.late_reserve) >= work_s)
         self.hungry |= ahead
         self.gains |= ahead
 
 
-class _Victim(NamedTuple):
-    """A stream on the device, and what its leaving means."""
-
-    row: int
-    blocks: int
-    released: int
-    """Blocks free at once."""
-    slots: int
-    """Host slots it still needs."""
-
-
 class _Victims:
-    """Streams that can leave, the first in line first; each is looked at closely when it goes. Last
-    come those that `yields`: they leave for favoured ones only."""
+    """Streams that can leave, the first in line first; arrays over them. Last come those that leave
+    for favoured ones only (`yields`)."""
 
     def __init__(self, view: View, rests: IntArray, yields: IntArray, outlook: _Outlook) -> None:
-        self.view = view
-        rows = np.concatenate([rests, yields])
-        self.rows: list[int] = rows.tolist()
-        self.blocks: list[int] = view.tracker.blocks[rows].tolist()
-        self.slack_s: list[float] = outlook.slack[rows].tolist()
-        self.gains: list[bool] = outlook.gains[rows].tolist()
-        self.yields = [False] * len(rests) + [True] * len(yields)
-
-    def take(self, chosen: list[int]) -> list[_Victim]:
-        """Those at these places, ascending, who are in line no more."""
-        rows = np.array([self.rows[i] for i in chosen], np.int64)
-        columns = (
-            rows,
-            self.view.tracker.blocks[rows],
-            self.view.released_now(rows),
-            self.view.slots_to_offload(rows),
-        )
-        for i in reversed(chosen):
-            for column in (self.rows, self.blocks, self.slack_s, self.gains, self.yields):
-                del column[i]
-        return list(map(_Victim._make, zip(*(c.tolist() for c in columns), strict=True)))
+        self.rows = rows = np.concatenate([rests, yields])
+        self.blocks = view.tracker.blocks[rows]
+        self.slack_s = outlook.slack[rows]
+        self.gains = outlook.gains[rows]
+        self.rests = len(rests)
+        self.here: BoolArray = np.ones(len(rows), bool)
+        """Has not left yet."""
 
 
 class _Pass:
@@ -208,6 +179,9 @@ class _Pass:
         self.context = view.tracker.context
         self.pending = self.context - view.tracker.computed
         """Tokens without KV: 1 for a decoding stream."""
+        self.decoding: BoolArray = self.pending == 1
+        self.needs = view.blocks_needed()
+        """Blocks each takes to come onto the device."""
         self.on_device = view.on_device()
         self.free = view.free_blocks
         self.coming_free = view.releasing_blocks
@@ -215,6 +189,8 @@ class _Pass:
         self.host_free = view.free_host_slots
         self.outlook = _Outlook(params, view, self.running, now)
         self.plan.load = self.outlook.load
+        self.favouring = bool(self.outlook.favoured.any())
+        """Whether there is anybody to favour."""
 
     def run(self) -> Plan:
         self._make_room_for_growth()
@@ -222,24 +198,32 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
-        favoured = self.outlook.favoured[rows]
-        if favoured.any():
-            rows = rows[np.argsort(~favoured, kind="stable")]
-        self.plan.batch = compose_batch(self.view, rows, prefill_tokens=self._chunk(rows))
+        if self.favouring:
+            rows = rows[np.argsort(~self.outlook.favoured[rows], kind="stable")]
+        if self.decoding[rows].all():
+            self.plan.batch = decode_batch(self.view, rows)
+        else:
+            limit = self._chunk(rows)
+            if self.tracker.shared_by_tenants:
+                rows, limit = self._shared(rows, limit)
+            self.plan.batch = compose_batch(self.view, rows, prefill_tokens=limit)
         return self.plan
+
+    def _shared(self, rows: IntArray, limit: int | None) -> tuple[IntArray, int | None]:
+        """Rule 6: who takes part in a step of several tenants, and its most prompt tokens."""
+        outlook, tracker = self.outlook, self.tracker
+        can_wait = tracker.elastic[rows] | outlook.parked[rows]
+        patience_s = np.where(can_wait, np.inf, outlook.slack[rows])
+        pending = self.pending[rows]
+        return share_step(self.view, rows, pending, outlook.favoured, patience_s, limit)
 
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
         tracker, cost = self.tracker, self.view.cost
-        decoding = self.pending[rows] == 1
+        decoding = self.decoding[rows]
         per_token = cost.prefill_s(1)
-        if per_token <= 0 or decoding.all():
+        if per_token <= 0:
             return None
-        favoured = self.outlook.favoured
-        if favoured.any() and not favoured[rows[~decoding]].any():
-            # One of them that comes now has the step of the others to wait for.
-            decode_s = cost.step_s(int(decoding.sum()), float(self.context[rows[decoding]].sum()))
-            return max(int(decode_s / per_token), self.view.block_size)
         rows = rows[decoding]
         hurried = ~(tracker.elastic[rows] | tracker.paused[rows] | self.outlook.parked[rows])
         readers = rows[hurried]
@@ -247,7 +231,7 @@ class _Pass:
             return None
         patience = np.maximum(self.outlook.slack[readers], 1.0 / tracker.rate[readers])
         decode_s = cost.step_s(len(rows), float(self.context[rows].sum()))
-        contended = self.outlook.load.overloaded or bool(favoured.any())
+        contended = self.outlook.load.overloaded or self.favouring
         least_s = _PREFILL_SHARE * decode_s if contended else 0.0
         allowed_s = max(float(patience.min()), least_s) - decode_s
         return max(int(allowed_s / per_token), self.view.block_size)
@@ -255,9 +239,11 @@ class _Pass:
     def _unheld(self, rows: IntArray) -> IntArray:
         """Rule 2; with nobody left, everybody runs."""
         tracker = self.tracker
-        runs = self.outlook.gains[rows] | (self.pending[rows] > 1)
-        runs |= tracker.elastic[rows] & ~tracker.paused[rows]
-        return rows[runs] if runs.any() else rows
+        runs = tracker.elastic & ~tracker.paused
+        runs |= self.outlook.gains
+        runs |= self.pending > 1
+        unheld = rows[runs[rows]]
+        return unheld if len(unheld) else rows
 
     # -- who leaves -----------------------------------------------------------------------------
 
@@ -278,8 +264,7 @@ class _Pass:
                     break
                 stays[i] = False
                 need -= int(growth[i])
-                leaving = _Victims(self.view, running[i : i + 1], running[:0], self.outlook)
-                self._preempt(leaving.take([0])[0])
+                self._preempt(running[i : i + 1])
             # Until the blocks of the victims have been copied, the fullest sit out.
             left = max(self.free - need, 0)
             self.coming_free -= max(need - self.free, 0)
@@ -294,72 +279,89 @@ class _Pass:
         else:
             self.free -= need
 
-    def _preempt(self, victim: _Victim) -> None:
-        how = Preempt.RECOMPUTE
-        released = victim.blocks
-        if victim.slots <= self.host_free:
-            how = Preempt.OFFLOAD
-            self.host_free -= victim.slots
-            released = victim.released
-        elif self.tracker.synced[victim.row]:
-            # Without room for the rest it still keeps what the host has.
-            how = Preempt.OFFLOAD
-        self.free += released
-        self.coming_free += victim.blocks - released
-        self.on_device -= 1
-        self.plan.preempt.append((self.tracker.sequences[victim.row], how))
+    def _preempt(self, rows: IntArray) -> None:
+        view, tracker = self.view, self.tracker
+        columns = (rows, tracker.blocks[rows], self._at_once(rows), view.slots_to_offload(rows))
+        for row, blocks, at_once, slots in zip(*(c.tolist() for c in columns), strict=True):
+            how = Preempt.RECOMPUTE
+            released = blocks
+            if slots <= self.host_free:
+                how = Preempt.OFFLOAD
+                self.host_free -= slots
+                released = at_once
+            elif tracker.synced[row]:
+                # Without room for the rest it still keeps what the host has.
+                how = Preempt.OFFLOAD
+            self.free += released
+            self.coming_free += blocks - released
+            self.on_device -= 1
+            self.plan.preempt.append((tracker.sequences[row], how))
+
+    def _at_once(self, rows: IntArray) -> IntArray:
+        """Blocks that are free as soon as each has left."""
+        released = self.view.released_now(rows)
+        if self.favouring:
+            # Who has not begun leaves nothing to copy.
+            begun = self.tracker.computed[rows] > 0
+            released = np.where(begun, released, self.tracker.blocks[rows])
+        return released
 
     def _expendable(self) -> _Victims:
         """Streams that can leave unnoticed, the most slack first."""
-        rows, tracker, cost = self.running, self.tracker, self.view.cost
-        slack = self.outlook.slack[rows]
-        leaves = slack > self.p.victim_slack_s
+        rows, tracker, cost, outlook = self.running, self.tracker, self.view.cost, self.outlook
         # At least one token a stay: who leaves before it may never get any further.
-        stayed = tracker.resident[rows] >= max(self.p.min_residency_tokens, 1)
-        leaves &= stayed | tracker.paused[rows]
-        leaves &= self.pending[rows] == 1
-        leaves &= ~self.outlook.late[rows]
-        blocks = tracker.blocks[rows]
-        unsynced = blocks - self.view.released_now(rows)
-        leaves &= slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
-        rests = rows[leaves][np.argsort(-slack[leaves], kind="stable")]
-        favoured = self.outlook.favoured
-        if not favoured.any():
-            return _Victims(self.view, rests, rows[:0], self.outlook)
-        yields = ~(favoured[rows] | leaves) & stayed & (self.pending[rows] == 1)
-        return _Victims(self.view, rests, rows[yields][::-1], self.outlook)
+        stayed = (tracker.resident >= max(self.p.min_residency_tokens, 1)) & self.decoding
+        leaves = outlook.slack > self.p.victim_slack_s
+        leaves &= stayed | (tracker.paused & self.decoding)
+        leaves &= ~outlook.late
+        rests = rows[leaves[rows]]
+        slack, blocks = outlook.slack[rests], tracker.blocks[rests]
+        unsynced = blocks - self.view.released_now(rests)
+        covers = slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
+        rests, slack = rests[covers], slack[covers]
+        rests = rests[np.argsort(-slack, kind="stable")]
+        if not self.favouring:
+            return _Victims(self.view, rests, rows[:0], outlook)
+        stayed |= tracker.computed == 0
+        stayed &= ~outlook.favoured
+        stayed[rests] = False
+        return _Victims(self.view, rests, rows[stayed[rows]][::-1], outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""
-        missing = blocks - self.free - self.coming_free
+        missing, gives = blocks - self.free - self.coming_free, victims.blocks
+        if self.outlook.favoured[row]:
+            at_once = self._at_once(victims.rows)
+            if int(at_once[victims.here].sum()) >= blocks - self.free:
+                # Its first token does not wait for copies.
+                missing, gives = blocks - self.free, at_once
         needs_place = self.on_device >= self.view.max_num_seqs
         floor = self.p.margin_s
         if not self.outlook.late[row]:
             floor += max(float(self.outlook.slack[row]), 0.0)
-        chosen: list[int] = []
-        favoured = self.outlook.favoured[row]
-        for i, (gains, yields) in enumerate(zip(victims.gains, victims.yields, strict=True)):
-            if missing <= 0 and (chosen or not needs_place):
-                break
-            if yields and not favoured:
-                break
-            if not yields and gains and (only_held or victims.slack_s[i] < floor):
-                continue
-            chosen.append(i)
-            missing -= victims.blocks[i]
-        if not chosen or missing > 0:
+        leaves = ~victims.gains
+        if not only_held:
+            leaves |= victims.slack_s >= floor
+        leaves[victims.rests :] = self.outlook.favoured[row]
+        leaves &= victims.here
+        chosen = np.flatnonzero(leaves)
+        enough = int(needs_place)
+        if missing > 0:
+            enough = int(np.searchsorted(np.cumsum(gives[chosen]), missing)) + 1
+        if not 0 < enough <= len(chosen):
             return []
-        leaving = victims.take(chosen)
-        for victim in leaving:
-            self._preempt(victim)
-        return [victim.row for victim in leaving]
+        victims.here[chosen[:enough]] = False
+        leaving = victims.rows[chosen[:enough]]
+        self._preempt(leaving)
+        gone: list[int] = leaving.tolist()
+        return gone
 
     # -- who comes onto the device --------------------------------------------------------------
 
     def _fill(self) -> None:
         view, tracker = self.view, self.tracker
         victims: _Victims | None = None
-        gone: set[int] = set()
+        gone: list[int] = []
         admitted: list[int] = []
         for row, need, only_held in self._candidates():
             blocks = need
@@ -374,7 +376,7 @@ class _Pass:
             if not self._fits(blocks):
                 if victims is None:
                     victims = self._expendable()
-                gone.update(self._evict_for(row, blocks, only_held, victims))
+                gone.extend(self._evict_for(row, blocks, only_held, victims))
             if not self._fits(blocks, self.coming_free if loads else 0):
                 # Whoever is first in line keeps its place until the blocks are there.
                 break
@@ -387,8 +389,10 @@ class _Pass:
                 self.plan.admit.append(seq)
                 admitted.append(row)
         if gone or admitted:
-            stays = [row for row in self.running.tolist() if row not in gone]
-            self.running = np.array(stays + admitted, np.int64)
+            stays = np.ones(len(tracker), bool)
+            stays[gone] = False
+            begins = np.array(admitted, np.int64)
+            self.running = np.concatenate([self.running[stays[self.running]], begins])
 
     def _start_headroom(self, row: int, admitted: list[int]) -> int:
         """Further blocks that must be free before a request begins."""
@@ -400,8 +404,8 @@ class _Pass:
         if self.outlook.favoured[row]:
             # The others make room for it at any time.
             rate = rate * self.outlook.favoured
-        reading = float(rate[self.running].sum() + rate[admitted].sum())
-        return self.view.blocks_for(int(reading * self.p.victim_slack_s))
+        grows = np.minimum(rate * self.p.victim_slack_s, np.maximum(self.outlook.remaining, 0))
+        return self.view.blocks_for(int(grows[self.running].sum() + grows[admitted].sum()))
 
     def _fits(self, blocks: int, coming: int = 0) -> bool:
         return self.on_device < self.view.max_num_seqs and self.free + coming >= blocks
@@ -409,35 +413,38 @@ class _Pass:
     def _candidates(self) -> Iterator[tuple[int, int, bool]]:
         """Who should come onto the device, most urgent first: (row, blocks it takes, whether it may
         displace held streams only). Lazy: mostly the first few fill the device."""
-        view, outlook = self.view, self.outlook
+        outlook, paused = self.outlook, self.tracker.paused
         rows, waiting = self.preempted, self.waiting
-        slack, parked, late = outlook.slack[rows], outlook.parked[rows], outlook.late[rows]
-        resume_at = self.p.resume_slack_s + view.cost.load_s(1) * view.blocks_needed(rows)
-        urgent = ~parked & (slack <= resume_at)
-        if outlook.favoured.any():
-            first = outlook.favoured[rows] & urgent
+        parked, late = outlook.parked, outlook.late
+        resume_at = self.p.resume_slack_s + self.view.cost.load_s(1) * self.needs
+        urgent = (outlook.slack <= resume_at) & ~parked
+        if self.favouring:
+            first = outlook.favoured[rows] & urgent[rows]
             yield from self._in_turn(rows[first])
-            new = waiting[outlook.favoured[waiting] & ~self.tracker.paused[waiting]]
-            needs = view.blocks_needed(new).tolist()
+            new = waiting[outlook.favoured[waiting] & ~paused[waiting]]
+            needs = self.needs[new].tolist()
             yield from zip(new.tolist(), needs, [False] * len(new), strict=True)
             waiting = waiting[~np.isin(waiting, new)]
-            rows, slack, urgent = rows[~first], slack[~first], urgent[~first]
-            parked, late = parked[~first], late[~first]
-        yield from self._in_turn(rows[urgent])
-        idle = waiting[self.tracker.paused[waiting]]
+            rows = rows[~first]
+        yield from self._in_turn(rows[urgent[rows]])
+        idle = waiting[paused[waiting]]
         if len(waiting) > len(idle):
             waiting = waiting[: len(waiting) - len(idle)]
             begun = self.tracker.generated[waiting] > 0
             for group in (waiting[begun], waiting[~begun]):
-                needs = view.blocks_needed(group).tolist()
-                yield from zip(group.tolist(), needs, outlook.parked[group].tolist(), strict=True)
-        yield from self._in_turn(rows[late & ~urgent])
-        hungry = outlook.hungry[rows] & ~urgent & ~late
-        yield from self._in_turn(rows[hungry & ~parked], only_held=True)
-        yield from self._in_turn(rows[hungry & parked], only_held=True)
+                needs = self.needs[group].tolist()
+                yield from zip(group.tolist(), needs, parked[group].tolist(), strict=True)
+        rows = rows[~urgent[rows]]
+        yield from self._in_turn(rows[late[rows]])
+        rows = rows[~late[rows]]
+        hungry = rows[outlook.hungry[rows]]
+        if len(hungry):
+            promised = ~parked[hungry]
+            yield from self._in_turn(hungry[promised], only_held=True)
+            yield from self._in_turn(hungry[~promised], only_held=True)
         if not self.on_device:
             # Nobody has need of it, but a device is not left idle.
-            yield from self._in_turn(rows[~(urgent | late | hungry)])
+            yield from self._in_turn(rows[~outlook.hungry[rows]])
             yield from self._in_turn(idle)
 
     def _in_turn(
@@ -448,5 +455,5 @@ class _Pass:
             return
         if len(rows) > 1:
             rows = rows[np.lexsort((self.tracker.arrival_s[rows], self.outlook.slack[rows]))]
-        for row, need in zip(rows.tolist(), self.view.blocks_needed(rows).tolist(), strict=True):
+        for row, need in zip(rows.tolist(), self.needs[rows].tolist(), strict=True):
             yield row, need, only_held

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,28 @@ BoolArray = NDArray[np.bool_]
 
 CODES = {state: code for code, state in enumerate(State)}
 
-# Columns that change while a request lives, and where they come from.
-_INTS = {
+_COLUMNS = {
+    "order": np.int64,
+    "arrival_s": np.float64,
+    "prompt": np.int64,
+    "limit": np.int64,
+    "tenant": np.int64,
+    "elastic": np.bool_,
+    "paused": np.bool_,
+    "rate": np.float64,
+    "due_s": np.float64,
+    "generated": np.int64,
+    "state": np.int8,
+    "slots": np.int64,
+    "computed": np.int64,
+    "held": np.int64,
+    "shared": np.int64,
+    "synced": np.int64,
+    "resident": np.int64,
+    "entered": np.int64,
+}
+# Those that are an attribute of the sequence.
+_ATTRIBUTES = {
     "computed": "num_computed",
     "held": "num_blocks",
     "shared": "shared_blocks",
@@ -36,25 +57,49 @@ _INTS = {
 class Tracker:
     """Columns over the active requests, each of shape [len(tracker)]; do not write to them."""
 
+    order: IntArray
+    """The how-manieth request this engine was given."""
+    arrival_s: FloatArray
+    prompt: IntArray
+    """Tokens of the prompt."""
+    limit: IntArray
+    """Most tokens it may generate in all."""
+    tenant: IntArray
+    """A number for each tenant."""
+    elastic: BoolArray
+    """Whether the consumer is no reader; its rate is then a reference that the engine moves."""
+    paused: BoolArray
+    """Whether the reader consumes nothing for now: its stream is served after all others."""
+    rate: FloatArray
+    """Reading speed, tokens/s."""
+    due_s: FloatArray
+    """When the reader needs a token that does not exist yet; -inf before the first token, inf
+    while it is paused."""
+    generated: IntArray
+    """Tokens generated so far, those of another replica included."""
+    state: NDArray[np.int8]
+    """Codes of CODES."""
+    slots: IntArray
+    """Host slots held."""
+    computed: IntArray
+    """Tokens whose KV exists; of a waiting request, those a cache on the device has."""
+    held: IntArray
+    """Device blocks it holds, alone or with others."""
+    shared: IntArray
+    """Leading blocks of its text that others hold; it takes, or has taken, no memory for them."""
+    synced: IntArray
+    """Leading blocks whose copy on the host is complete."""
+    resident: IntArray
+    """Tokens generated since it last came onto the device."""
+    entered: IntArray
+    """The how-manieth entry onto the device was its last."""
+
     def __init__(self, capacity: int = 256) -> None:
         self.sequences: list[Sequence] = []
-        self._columns: dict[str, NDArray[np.generic]] = {}
-        for name, dtype in {
-            "order": np.int64,
-            "arrival_s": np.float64,
-            "prompt": np.int64,
-            "limit": np.int64,
-            "tenant": np.int64,
-            "elastic": np.bool_,
-            "paused": np.bool_,
-            "rate": np.float64,
-            "due_s": np.float64,
-            "generated": np.int64,
-            "state": np.int8,
-            "slots": np.int64,
-            **dict.fromkeys(_INTS, np.int64),
-        }.items():
-            self._columns[name] = np.zeros(capacity, dtype)
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(capacity, dtype) for name, dtype in _COLUMNS.items()
+        }
+        """With room for more rows."""
         self._added = 0
         self._tenants: dict[str, int] = {}
         """Their codes."""
@@ -62,15 +107,17 @@ class Tracker:
         """Requests of each tenant that has any."""
         self._changed: dict[Sequence, None] = {}
         # Derived from the columns when first asked for: until any of them changes, until somebody
-        # changes place, and until a row comes or goes.
+        # changes place, until a reader does, and until a row comes or goes.
         self._context: IntArray | None = None
         self._alone: IntArray | None = None
         self._rows: dict[State, IntArray] = {}
         self._running: IntArray | None = None
         self._waiting: IntArray | None = None
-        self._views: dict[str, NDArray[np.generic]] = {}
+        self._arrived: IntArray | None = None
+        self._claims: tuple[IntArray, FloatArray] | None = None
         self._in_turn: IntArray | None = None
         self._longest_first: IntArray | None = None
+        self._forget_rows()
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -116,9 +163,14 @@ class Tracker:
         self._forget_rows()
 
     def _forget_rows(self) -> None:
-        self._context = self._alone = self._in_turn = self._longest_first = None
-        self._views.clear()
+        for name, column in self._columns.items():
+            setattr(self, name, column[: len(self.sequences)])
+        self._context = self._alone = self._longest_first = self._arrived = None
         self._forget_places()
+        self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        self._claims = self._in_turn = None
 
     def _forget_places(self) -> None:
         self._running = self._waiting = None
@@ -137,8 +189,9 @@ class Tracker:
         rows = np.fromiter(map(attrgetter("row"), seqs), np.int64, n)
         columns = self._columns
         state, entered = columns["state"][rows], columns["entered"][rows]
-        paused = columns["paused"][rows]
-        for name, attribute in _INTS.items():
+        paused, elastic = columns["paused"][rows], columns["elastic"][rows]
+        rate = columns["rate"][rows]
+        for name, attribute in _ATTRIBUTES.items():
             columns[name][rows] = np.fromiter(map(attrgetter(attribute), seqs), np.int64, n)
         columns["generated"][rows] = [len(seq.output_ids) for seq in seqs]
         columns["slots"][rows] = [len(seq.host_slots) for seq in seqs]
@@ -149,129 +202,30 @@ class Tracker:
         columns["due_s"][rows] = [seq.playback.due_s for seq in seqs]
         seqs.clear()
         self._context = self._alone = None
-        moved = state != columns["state"][rows]
+        read_on = paused == columns["paused"][rows]
         # Preempted and back within one step: the same state, another place in the order.
-        moved |= entered != columns["entered"][rows]
-        moved |= paused != columns["paused"][rows]
-        if moved.any():
+        stayed = (state == columns["state"][rows]) & (entered == columns["entered"][rows])
+        if not (stayed & read_on).all():
             self._forget_places()
-            if self.shared_by_tenants:
-                self._in_turn = None
+        read_on &= (rate == columns["rate"][rows]) & (elastic == columns["elastic"][rows])
+        if not read_on.all():
+            self._forget_readers()
 
     # -- the policies' side ---------------------------------------------------------------------
-
-    def _ints(self, name: str) -> IntArray:
-        return self._view(name)  # type: ignore[return-value]
-
-    def _floats(self, name: str) -> FloatArray:
-        return self._view(name)  # type: ignore[return-value]
-
-    def _view(self, name: str) -> NDArray[np.generic]:
-        column = self._views.get(name)
-        if column is None:
-            column = self._views[name] = self._columns[name][: len(self.sequences)]
-        return column
-
-    @property
-    def order(self) -> IntArray:
-        """The how-manieth request this engine was given."""
-        return self._ints("order")
-
-    @property
-    def arrival_s(self) -> FloatArray:
-        return self._floats("arrival_s")
-
-    @property
-    def rate(self) -> FloatArray:
-        """Reading speed, tokens/s."""
-        return self._floats("rate")
-
-    @property
-    def due_s(self) -> FloatArray:
-        """When the reader needs a token that does not exist yet; -inf before the first token, inf
-        while it is paused."""
-        return self._floats("due_s")
-
-    @property
-    def paused(self) -> BoolArray:
-        """Whether the reader consumes nothing for now: its stream is served after all others."""
-        return self._view("paused")  # type: ignore[return-value]
-
-    @property
-    def elastic(self) -> BoolArray:
-        """Whether the consumer is no reader; its rate is then a reference that the engine moves."""
-        return self._view("elastic")  # type: ignore[return-value]
-
-    @property
-    def tenant(self) -> IntArray:
-        """A number for each tenant."""
-        return self._ints("tenant")
-
-    @property
-    def limit(self) -> IntArray:
-        """Most tokens it may generate in all."""
-        return self._ints("limit")
-
-    @property
-    def generated(self) -> IntArray:
-        """Tokens generated so far, those of another replica included."""
-        return self._ints("generated")
 
     @property
     def context(self) -> IntArray:
         """Tokens known: prompt and output."""
         if self._context is None:
-            self._context = self._ints("prompt") + self._ints("generated")
+            self._context = self.prompt + self.generated
         return self._context
-
-    @property
-    def computed(self) -> IntArray:
-        """Tokens whose KV exists; of a waiting request, those a cache on the device has."""
-        return self._ints("computed")
 
     @property
     def blocks(self) -> IntArray:
         """Device blocks it holds alone: free when it leaves."""
         if self._alone is None:
-            held = np.maximum(self._ints("held") - self._ints("shared"), 0)
-            self._alone = held
+            self._alone = np.maximum(self.held - self.shared, 0)
         return self._alone
-
-    @property
-    def held(self) -> IntArray:
-        """Device blocks it holds, alone or with others."""
-        return self._ints("held")
-
-    @property
-    def shared(self) -> IntArray:
-        """Leading blocks of its text that others hold; it takes, or has taken, no memory for
-        them."""
-        return self._ints("shared")
-
-    @property
-    def synced(self) -> IntArray:
-        """Leading blocks whose copy on the host is complete."""
-        return self._ints("synced")
-
-    @property
-    def slots(self) -> IntArray:
-        """Host slots held."""
-        return self._ints("slots")
-
-    @property
-    def resident(self) -> IntArray:
-        """Tokens generated since it last came onto the device."""
-        return self._ints("resident")
-
-    @property
-    def entered(self) -> IntArray:
-        """The how-manieth entry onto the device was its last."""
-        return self._ints("entered")
-
-    @property
-    def state(self) -> NDArray[np.int8]:
-        """Codes of CODES."""
-        return self._view("state")  # type: ignore[return-value]
 
     @staticmethod
     def code(state: State) -> int:
@@ -295,14 +249,16 @@ class Tracker:
         """Rows without KV anywhere, in order of arrival; those whose reader pauses come last. Of
         several tenants, in turn by the tokens that each asks for."""
         if self._waiting is None:
-            rows = self.rows(State.WAITING)
+            rows = self._waiting = self.rows(State.WAITING)
+            if len(rows) < 2:
+                return rows
             keys: list[NDArray[np.generic]] = [
                 self.order[rows],
                 self.arrival_s[rows],
                 self.paused[rows],
             ]
             if self.shared_by_tenants:
-                keys.insert(2, self._turns(self._ints("prompt") + self.limit)[rows])
+                keys.insert(2, self._turns(self.prompt + self.limit)[rows])
             self._waiting = rows[np.lexsort(keys)]
         return self._waiting
 
@@ -316,6 +272,21 @@ class Tracker:
             self._in_turn = np.lexsort(keys)
         return self._in_turn
 
+    def claims(self, first: BoolArray | None = None) -> tuple[IntArray, FloatArray]:
+        """The rows of those who do not pause, in turn, and what the readers up to and including
+        each ask for together, tokens/s. Those that are `first`, readers or not, count and come
+        before all others."""
+        if first is None:
+            if self._claims is None:
+                rows = self.in_turn()
+                rows = rows[~self.paused[rows]]
+                self._claims = rows, np.cumsum(self.rate[rows] * ~self.elastic[rows])
+            return self._claims
+        rows = self.in_turn()
+        rows = rows[~self.paused[rows]]
+        rows = rows[np.argsort(~first[rows], kind="stable")]
+        return rows, np.cumsum(self.rate[rows] * (first | ~self.elastic)[rows])
+
     @property
     def shared_by_tenants(self) -> bool:
         """Whether there are requests of several tenants."""
@@ -326,8 +297,13 @@ class Tracker:
         return self._of_tenant[tenant]
 
     def _turns(self, cost: IntArray | FloatArray) -> FloatArray:
-        arrived = np.lexsort((self.order, self.arrival_s))
-        return turns(self.tenant, arrived, cost.astype(np.float64))
+        return turns(self.tenant, self.arrived(), cost.astype(np.float64))
+
+    def arrived(self) -> IntArray:
+        """All rows in order of arrival."""
+        if self._arrived is None:
+            self._arrived = np.lexsort((self.order, self.arrival_s))
+        return self._arrived
 
     def longest_first(self) -> IntArray:
         """All rows, the highest limit first."""

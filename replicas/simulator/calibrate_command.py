@@ -22,7 +22,8 @@ from tokenflow.replicas.simulator.live import Bench
 from tokenflow.replicas.simulator.probe import probe
 from tokenflow.replicas.simulator.validation import Comparison, validate, workload
 
-BASELINE = "fcfs"
+POLICIES = ("slack", "tokenflow", "fcfs")
+"""What is measured, beside the configured policy: the default, the paper's and the baseline."""
 _HOST_SHARE = 8
 """Host memory of the probe, as a multiple of the device's."""
 _NAMES = {
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validate",
         action="store_true",
-        help="then run a burst for real and compare with its simulation (FILE-validation.json)",
+        help="then run a burst for real under each policy and compare with its simulation "
+        "(FILE-validation.json)",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML configuration, as of serve")
     parser.add_argument(
@@ -77,7 +79,7 @@ def run(
         _check_writable(path)
     if config.kv_tokens is None:
         raise ConfigError("engine.kv_tokens: calibration needs a number.")
-    policies = list(dict.fromkeys((config.policy, BASELINE)))
+    policies = list(dict.fromkeys((config.policy, *POLICIES)))
     bench = Bench(model, config, host_kv_tokens=_HOST_SHARE * config.kv_tokens)
     try:
         console.print(

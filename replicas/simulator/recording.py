@@ -7,7 +7,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from tokenflow.replicas.executor.base import CopyDone, Executor, ScheduledSequence, StepResult
+from tokenflow.replicas.executor.base import (
+    AsyncExecutor,
+    CopyDone,
+    Executor,
+    PendingStep,
+    ScheduledSequence,
+    StepResult,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,8 @@ class Step:
     """CPU time this thread got in it: less than `seconds` where another process took the core."""
     overhead_s: float | None
     """From the end of the step before to the beginning of this one: what the engine does between
-    steps. None when it waited for something in that time."""
+    steps. None when it waited for something in that time, and of a step launched ahead, which has
+    none: it begins when the one before ends, or when it is launched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +54,24 @@ class _Job:
     alone: bool
 
 
+@dataclass(slots=True)
+class _Pending:
+    """A launched step, which is recorded when its result is there."""
+
+    executor: RecordingExecutor
+    batch: Seq[ScheduledSequence]
+    inner: PendingStep
+    begun: float
+    cpu: float
+
+    def result(self) -> StepResult:
+        result = self.inner.result()
+        self.executor.record_launched(self.batch, self.begun, self.cpu)
+        return result
+
+
 class RecordingExecutor:
-    """See the module; implements `Executor` by handing everything on to `inner`."""
+    """See the module; implements `AsyncExecutor` by handing everything on to `inner`."""
 
     def __init__(self, inner: Executor, clock: Callable[[], float] = time.perf_counter) -> None:
         self.layout = inner.layout
@@ -60,6 +84,8 @@ class RecordingExecutor:
         self._jobs: dict[int, _Job] = {}
         self._ended: float | None = None
         """End of the last step, unless the engine has waited since."""
+        self._last_end = self._last_cpu = 0.0
+        """Of a launched step."""
 
     def take(self) -> tuple[list[Step], list[Copy]]:
         """What was recorded since the last call."""
@@ -78,12 +104,36 @@ class RecordingExecutor:
         cpu, begun = time.thread_time(), self._clock()
         result = self._inner.execute(batch)
         ended, cpu = self._clock(), time.thread_time() - cpu
-        decodes = tuple(s.start + 1 for s in batch if len(s.token_ids) == 1)
-        prefills = tuple((len(s.token_ids), s.start) for s in batch if len(s.token_ids) > 1)
         overhead = None if self._ended is None else begun - self._ended
-        self.steps.append(Step(decodes, prefills, ended - begun, cpu, overhead))
+        self._record(batch, ended - begun, cpu, overhead)
         self._ended = ended
         return result
+
+    @property
+    def overlaps(self) -> bool:
+        return isinstance(self._inner, AsyncExecutor) and self._inner.overlaps
+
+    def launch(self, batch: Seq[ScheduledSequence]) -> PendingStep:
+        """`inner` must be an `AsyncExecutor`."""
+        assert isinstance(self._inner, AsyncExecutor)
+        for job in self._jobs.values():
+            job.alone = False
+        begun, cpu = self._clock(), time.thread_time()
+        return _Pending(self, batch, self._inner.launch(batch), begun, cpu)
+
+    def record_launched(self, batch: Seq[ScheduledSequence], begun: float, cpu: float) -> None:
+        """Its result is there."""
+        ended, cpu_ended = self._clock(), time.thread_time()
+        seconds = ended - max(begun, self._last_end)
+        self._record(batch, seconds, cpu_ended - max(cpu, self._last_cpu), None)
+        self._last_end, self._last_cpu = ended, cpu_ended
+
+    def _record(
+        self, batch: Seq[ScheduledSequence], seconds: float, cpu_s: float, overhead_s: float | None
+    ) -> None:
+        decodes = tuple(s.start + 1 for s in batch if len(s.token_ids) == 1)
+        prefills = tuple((len(s.token_ids), s.start) for s in batch if len(s.token_ids) > 1)
+        self.steps.append(Step(decodes, prefills, seconds, cpu_s, overhead_s))
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
         return self._started(self._inner.offload(pairs), True, len(pairs))

@@ -60,8 +60,8 @@ def served() -> Iterator[Served]:
     # A pod's /kv is a file system in memory; here a folder in one stands for it.
     store = Path(tempfile.mkdtemp(prefix="tf-kv-", dir="/dev/shm"))
     values = read(EXAMPLES / "kind-cpu.yaml")
-    front = {"host": "127.0.0.1", "port": free_port(), "grpc_port": free_port()}
-    values["config"]["ingress"] = front
+    values["config"]["ingress"] = {"port": free_port(), "grpc_port": free_port()}
+    values["serveConfig"] = {"http_options": {"host": "127.0.0.1"}}  # not to the whole network
     values["kvStore"] = {"size": "64Mi", "mountPath": str(store)}
     try:
         with ray_head() as head:

@@ -91,8 +91,8 @@ async def test_max_streams_next_to_readers(server):
     assert {tokens for _, _, tokens in results} == {TOKENS}
     assert len({text for text, _, _ in results}) == 1
     slow, fast = [[m for _, m, _ in part] for part in (results[:2], results[2:])]
-    # Each of their tokens travels alone, but for what piles up in a busy ingress.
-    assert min(fast) > max(TOKENS / 2, *slow), (slow, fast)
+    # Without a reader there is a message every 100 ms, but for what piles up in a busy ingress.
+    assert min(fast) > max(slow), (slow, fast)
     assert highest > 0
     await asyncio.to_thread(server.wait_idle)
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,7 +26,8 @@ from tokenflow.cluster.rpc.stub import SERVICE, InferenceStub
 
 pytestmark = pytest.mark.cluster
 
-FUZZED = int(os.environ.get("TOKENFLOW_FUZZ_REQUESTS", "600"))
+_IN_CI = os.environ.get("CI") == "true"
+FUZZED = int(os.environ.get("TOKENFLOW_FUZZ_REQUESTS", "10000" if _IN_CI else "600"))
 """Of both protocols together."""
 BODY_S = 2.0
 
@@ -98,10 +100,12 @@ async def test_without_a_valid_key_nothing_is_answered(server, keys, who):
             (stub.Cancel, pb.CancelRequest(request_id="x")),
             (stub.GetModelInfo, pb.GetModelInfoRequest()),
         ):
-            assert await status(call(request, metadata=metadata)) is grpc.StatusCode.UNAUTHENTICATED
+            assert (
+                await status_of(call(request, metadata=metadata)) is grpc.StatusCode.UNAUTHENTICATED
+            )
 
 
-async def status(call: Any) -> grpc.StatusCode:
+async def status_of(call: Any) -> grpc.StatusCode:
     try:
         if hasattr(call, "__aiter__"):
             async for _ in call:
@@ -119,7 +123,7 @@ async def test_a_key_opens_both_doors(server, keys):
         assert (await client.post(url, json=body(), headers=keys.headers("acme"))).is_success
     async with grpc.aio.insecure_channel(server.grpc) as channel:
         call = InferenceStub(channel).Generate(message(), metadata=keys.metadata("acme"))
-        assert await status(call) is grpc.StatusCode.OK
+        assert await status_of(call) is grpc.StatusCode.OK
 
 
 async def test_keys_come_and_go_while_it_runs(server, keys):
@@ -135,8 +139,47 @@ async def test_keys_come_and_go_while_it_runs(server, keys):
                 await asyncio.sleep(0.1)
 
     await until(200)
-    keys.revoke("passing")
-    await until(401)
+    async with (
+        httpx.AsyncClient(timeout=30) as client,
+        grpc.aio.insecure_channel(server.grpc) as channel,
+    ):
+
+        async def error_of(who: str, name: str) -> str | None:
+            """How a long stream of that key ends."""
+            url, asked = f"{server.base_url}/completions", long_stream(request_id=name)
+            async with client.stream("POST", url, json=asked, headers=keys.headers(who)) as answer:
+                begun.release()
+                lines = [line async for line in answer.aiter_lines() if line.startswith("data: {")]
+            return json.loads(lines[-1].removeprefix("data: ")).get("error", {}).get("code")
+
+        async def rpc() -> grpc.StatusCode:
+            asked = message(resumable=True, request_id="passing-rpc", token_rate=5)
+            asked.sampling.max_tokens = 500
+            asked.sampling.ignore_eos = True
+            call = InferenceStub(channel).Generate(asked, metadata=keys.metadata("passing"))
+            begun.release()
+            return await status_of(call)
+
+        begun = asyncio.Semaphore(0)
+        ended = [asyncio.create_task(error_of("passing", "passing-http"))]
+        ended.append(asyncio.create_task(rpc()))
+        stays = asyncio.create_task(error_of("acme", "stays"))
+        for _ in range(3):
+            await begun.acquire()
+        await asyncio.sleep(0.5)
+        keys.revoke("passing")
+        await until(401)
+        # What runs in its name ends as well, and nothing else.
+        async with asyncio.timeout(10):
+            assert await asyncio.gather(*ended) == [
+                "invalid_api_key",
+                grpc.StatusCode.UNAUTHENTICATED,
+            ]
+        assert not stays.done()
+        gone = f"{server.base_url}/streams/stays"
+        assert (await client.delete(gone, headers=keys.headers("acme-2"))).status_code == 200
+        assert await stays == "cancelled"
+    server.wait_idle()
 
 
 async def test_quotas_refuse_with_a_time(server, keys):
@@ -214,10 +257,10 @@ async def test_no_tenant_touches_anothers_requests(server, keys):
             async with grpc.aio.insecure_channel(server.grpc) as channel:
                 stub, metadata = InferenceStub(channel), keys.metadata("other")
                 call = stub.Resume(pb.ResumeRequest(request_id="mine"), metadata=metadata)
-                assert await status(call) is grpc.StatusCode.NOT_FOUND
+                assert await status_of(call) is grpc.StatusCode.NOT_FOUND
                 change = pb.UpdateStreamRequest(request_id="mine", paused=True)
                 call = stub.UpdateStream(change, metadata=metadata)
-                assert await status(call) is grpc.StatusCode.NOT_FOUND
+                assert await status_of(call) is grpc.StatusCode.NOT_FOUND
                 cancel = stub.Cancel(pb.CancelRequest(request_id="mine"), metadata=metadata)
                 assert not (await cancel).found
             # The same id is free for others.
@@ -290,6 +333,36 @@ async def test_slow_loris_clients_are_cut_off_and_others_served(server, keys):
     async with asyncio.timeout(HEADER_TIMEOUT_S + 20):
         lasted = await asyncio.gather(*loris)
     assert min(lasted) > HEADER_TIMEOUT_S - 2 and max(lasted) < HEADER_TIMEOUT_S + 10
+
+
+async def test_logs_have_neither_keys_nor_texts(server, keys):
+    """What clients send stays out of all files that Ray, Serve, HAProxy and we write."""
+    secret = "the-heron-stands-in-the-reeds"
+    right = keys.headers("acme")
+    async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        for asked, headers, status in (
+            (body(prompt=secret, echo=True), right, 200),
+            (body(prompt=secret, stream=True), right, 200),
+            (body(prompt=secret, n=0), right, 400),
+            (body(prompt=secret + " la" * 4000), right, 400),  # beyond the context
+            (body(prompt={"a": secret}), right, 400),
+            (body(prompt=secret, stop=[secret] * 99), right, 400),
+            (body(prompt=secret), {"Authorization": f"Bearer {secret}"}, 401),
+        ):
+            answer = await client.post("/v1/completions", json=asked, headers=headers)
+            assert answer.status_code == status, answer.text
+        await client.get("/v1/models", params={"key": "asked"}, headers=right)
+    async with grpc.aio.insecure_channel(server.grpc) as channel:
+        for text, metadata in ((secret, keys.metadata("acme")), (secret, None)):
+            await status_of(InferenceStub(channel).Generate(message(text=text), metadata=metadata))
+    await asyncio.sleep(1.0)
+    folder = Path(server.cluster._log_directory()).parent
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    written = {path: path.read_bytes() for path in files}
+    assert any(b"completions" in text for text in written.values())
+    # Nor is a stranger a reason for a traceback: they would fill the disk.
+    for forbidden in (secret, *keys.secrets.values(), "RpcFailed"):
+        assert [path for path, text in written.items() if forbidden.encode() in text] == []
 
 
 class Fuzzer:
@@ -409,7 +482,7 @@ async def test_fuzzed_requests_get_a_clear_answer_and_leave_nothing_behind(serve
             )
             call = made(f"/{SERVICE.full_name}/{method}")
             async with limit:
-                code = await status(call(data, metadata=metadata, timeout=60))
+                code = await status_of(call(data, metadata=metadata, timeout=60))
             found[f"gRPC {code.name}"] += 1
             assert code not in (
                 grpc.StatusCode.UNKNOWN,

@@ -13,6 +13,7 @@ import yaml
 from tests.support.charts import (
     CHART,
     EVERYTHING,
+    EXAMPLES,
     NAMESPACE,
     VALUES,
     Manifest,
@@ -24,9 +25,10 @@ from tests.support.charts import (
     render3,
     render4,
 )
-from tests.support.manifests import problems
+from tests.support.manifests import KUBE_VERSIONS, problems
 
 EVERY_VALUES = pytest.mark.parametrize("values", VALUES, ids=lambda path: path.stem)
+CPU_GROUP = {"name": "a", "resources": {"requests": {"cpu": "4"}, "limits": {"memory": "40Gi"}}}
 _rendered: dict[str, list[Manifest]] = {}
 
 
@@ -66,8 +68,11 @@ def test_both_helms_render_the_same(values):
 
 
 @EVERY_VALUES
-def test_every_object_is_valid(values):
-    found = {(m["kind"], m["metadata"]["name"]): problems(m) for m in rendered(values)}
+@pytest.mark.parametrize("kube_version", KUBE_VERSIONS)
+def test_every_object_is_valid(values, kube_version):
+    found = {
+        (m["kind"], m["metadata"]["name"]): problems(m, kube_version) for m in rendered(values)
+    }
     assert {key: errors for key, errors in found.items() if errors} == {}
     assert all(m["metadata"].get("namespace") in (NAMESPACE, None) for m in rendered(values))
 
@@ -97,6 +102,7 @@ def test_lint(values):
         ("PodMonitor", "spec", "podMetricsEndpoint", []),
         ("PrometheusRule", "spec", "group", []),
         ("HTTPRoute", "spec", "hostname", "a"),
+        ("Ingress", "spec", "rule", []),
     ],
 )
 def test_the_validation_has_teeth(kind, path, key, value):
@@ -149,8 +155,8 @@ def test_every_reference_to_a_port_finds_one(values):
         grpc_front = manifest["metadata"]["name"].endswith("-grpc")
         if manifest["kind"] == "Ingress":
             (rule,) = manifest["spec"]["rules"]
-            backend = rule["http"]["paths"][0]["backend"]["service"]
-            assert backend == {"name": name, "port": {"number": grpc if grpc_front else http}}
+            wanted = {"name": name, "port": {"number": grpc if grpc_front else http}}
+            assert all(path["backend"]["service"] == wanted for path in rule["http"]["paths"])
         elif manifest["kind"] in ("HTTPRoute", "GRPCRoute"):
             (backend,) = manifest["spec"]["rules"][0]["backendRefs"]
             assert backend == {"name": name, "port": grpc if grpc_front else http}
@@ -184,6 +190,29 @@ def test_the_network_policy_opens_nothing_else():
     assert len(policy["egress"]) == 3
 
 
+def test_only_the_api_is_exposed():
+    """Neither /metrics nor reflection nor Serve's own paths."""
+    manifests = rendered(EVERYTHING)
+    paths = {
+        manifest["metadata"]["name"]: [
+            path["path"] for path in manifest["spec"]["rules"][0]["http"]["paths"]
+        ]
+        for manifest in manifests
+        if manifest["kind"] == "Ingress"
+    }
+    services = ["tokenflow.v1.Inference", "grpc.health.v1.Health"]
+    assert paths == {
+        "everything": ["/v1", "/health"],
+        "everything-grpc": [f"/{service}" for service in services],
+    }
+    (rule,) = one(manifests, "HTTPRoute")["spec"]["rules"]
+    assert [match["path"] for match in rule["matches"]] == [
+        {"type": "PathPrefix", "value": path} for path in paths["everything"]
+    ]
+    (rule,) = one(manifests, "GRPCRoute")["spec"]["rules"]
+    assert [match["method"] for match in rule["matches"]] == [{"service": s} for s in services]
+
+
 def test_alerts_and_dashboard_are_the_ones_of_the_repository():
     manifests = rendered(EVERYTHING)
     alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
@@ -195,16 +224,58 @@ def test_alerts_and_dashboard_are_the_ones_of_the_repository():
 # -- what builds a second cluster, and what does not ---------------------------------------------
 
 
-def test_a_newer_chart_leaves_the_cluster_alone(tmp_path):
+@pytest.fixture
+def newer_chart(tmp_path):
     newer = tmp_path / "tokenflow"
     shutil.copytree(CHART, newer)
     meta = yaml.safe_load((newer / "Chart.yaml").read_text())
-    (newer / "Chart.yaml").write_text(yaml.safe_dump(meta | {"version": "9.9.9"}))
-    before, after = (render4(read(EVERYTHING), chart) for chart in (CHART, newer))
+    changed = meta | {"version": "9.9.9", "appVersion": "9.9.9"}
+    (newer / "Chart.yaml").write_text(yaml.safe_dump(changed))
+    return newer
+
+
+@EVERY_VALUES
+def test_a_newer_chart_leaves_the_cluster_alone(values, newer_chart):
+    """Where the image is named, as in all examples."""
+    before, after = rendered(values), render4(read(values), newer_chart)
     assert before != after
-    assert one(before, "RayService")["spec"] != {}
     for part in ("rayClusterConfig", "serveConfigV2"):
         assert one(before, "RayService")["spec"][part] == one(after, "RayService")["spec"][part]
+
+
+def test_an_image_that_is_not_named_is_that_of_the_chart(newer_chart):
+    images = [
+        {container["image"] for pod in pods(render4(values, chart)).values()
+         for container in pod["spec"]["containers"]}
+        for chart in (CHART, newer_chart)
+        for values in ({}, {"workerGroups": [CPU_GROUP]})
+    ]  # fmt: skip
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    names = [f"tokenflow-serve:{v}-{kind}" for v in (version, "9.9.9") for kind in ("gpu", "cpu")]
+    assert images == [{name} for name in names]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tag": "0.2.0-gpu"}, {"digest": "sha256:" + "1" * 64}],
+    ids=["tag", "digest"],
+)
+def test_another_image_changes_the_images_and_nothing_else(change):
+    values = read(EXAMPLES / "one-gpu.yaml")
+    before = one(render4(values), "RayService")["spec"]
+    values["image"] |= change
+    after = one(render4(values), "RayService")["spec"]
+    assert before != after
+
+    def without_images(spec):
+        for pod in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            for container in pod["template"]["spec"]["containers"]:
+                del container["image"]
+        return spec
+
+    before, after = ({**s, "rayClusterConfig": without_images(s["rayClusterConfig"])}
+                     for s in (before, after))  # fmt: skip
+    assert before == after
 
 
 @pytest.mark.parametrize("key", ["commonLabels", "commonAnnotations"])
@@ -255,5 +326,6 @@ def test_notes_tell_how_to_wait_and_what_is_open():
     assert "no TLS" in quiet and "names no other namespace" in quiet
     assert "gcsFaultTolerance" not in quiet and "apiKeys" not in quiet
     loud = notes({"auth": {"rayToken": {"enabled": False}}, "networkPolicy": {"enabled": False}})
+    assert "service.type is LoadBalancer" in quiet
     for warning in ("gcsFaultTolerance", "apiKeys", "rayToken", "networkPolicy"):
         assert f"WARNING: {warning}" in loud.replace("auth.", "")

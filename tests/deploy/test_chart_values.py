@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from tests.support.charts import (
+    CHART,
     EXAMPLES,
     RenderError,
+    helm3,
     one,
     pods,
     read,
@@ -46,7 +48,50 @@ WRONG = {
     ),
     "too few GPUs": (
         "config: {replicas: {count: 9}}",
-        "config.replicas asks for 9 replicas of 1 GPUs, and all workerGroups together have 1 GPUs",
+        "config.replicas asks for 9 replicas of 1 GPUs and 0 CPUs each, and the pods of all "
+        "workerGroups have room for 1;",
+    ),
+    "GPUs in too many pods": (
+        "{config: {engine: {tensor_parallel: 2}}, workerGroups: [{name: a, replicas: 2, "
+        "resources: {requests: {cpu: 8}, limits: {memory: 40Gi, nvidia.com/gpu: 1}}}]}",
+        "config.replicas asks for 1 replicas of 2 GPUs and 0 CPUs each, and the pods of all "
+        "workerGroups have room for 0;",
+    ),
+    "too few CPUs for replicas": (
+        "{config: {replicas: {count: 3, gpus_each: 0, cpus_each: 4}}}",
+        "asks for 3 replicas of 0 GPUs and 4 CPUs each, and the pods of all workerGroups have "
+        "room for 2;",
+    ),
+    "too few CPUs for ingresses": (
+        "config: {ingress: {count: 9}}",
+        "CPUs do not add up: 9 ingresses of 1 (ingressCpus) and 1 replicas of 0 "
+        "(config.replicas.cpus_each) need 9, and all workerGroups together have 8;",
+    ),
+    "CPUs that are no quantity": (
+        "workerGroups: [{name: a, resources: {limits: {memory: 40Gi, cpu: 1 core}}}]",
+        "workerGroups a: resources: cpu must be a quantity",
+    ),
+    "a host that Kubernetes does not reach": (
+        "config: {ingress: {host: 127.0.0.1}}",
+        "config.ingress.host: 127.0.0.1",
+    ),
+    "TLS in the pods": (
+        "config: {security: {tls: {certificate: a, key: b}}}",
+        "config.security.tls: KubeRay probes",
+    ),
+    "keys of one's own": (
+        "config: {security: {api_keys_file: a}}",
+        "set auth.apiKeys.existingSecret",
+    ),
+    "nowhere to go": (
+        "{networkPolicy: {egress: {enabled: true}}, autoscaling: {enabled: true}, "
+        "config: {tracing: {endpoint: http://collector:4318/v1/traces}}}",
+        "networkPolicy.egress.extra: the pods must reach the API server (autoscaling), "
+        "the collector",
+    ),
+    "labels that pods are selected by": (
+        "workerDefaults: {labels: {app.kubernetes.io/name: mine}}",
+        "labels: app.kubernetes.io/name is what the chart selects pods by",
     ),
     "too few GPUs when autoscaling": (
         "config: {replicas: {autoscaling: {max: 5}}}",
@@ -114,6 +159,19 @@ def test_wrong_values(render, case):
     with pytest.raises(RenderError) as caught:
         render(yaml.safe_load(text))
     assert message in str(caught.value)
+
+
+def test_a_model_from_an_image_needs_a_kubernetes_that_has_it():
+    values = yaml.safe_dump({"model": {"image": {"reference": "m:1"}}})
+    flags = ["rel", str(CHART), "-f", "-", "--kube-version"]
+    with pytest.raises(RenderError, match=r"model.image needs Kubernetes 1.33 or later, this is"):
+        helm3("template", *flags, "1.32.1", stdin=values)
+    assert helm3("template", *flags, "1.33.0", stdin=values)
+
+
+def test_an_older_kubernetes_is_refused():
+    with pytest.raises(RenderError, match="kubeVersion"):
+        helm3("template", "rel", str(CHART), "--kube-version", "1.29.9")
 
 
 def test_the_defaults_are_right():

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support.charts import CHART, ROOT, VALUES, helm3, read, render4
+from tests.support.handbook import PAGES as ALL_PAGES
 from tests.support.machines import machine
 from tokenflow.cluster.cli import build_parser, config_from
 from tokenflow.replicas.errors import ConfigError
@@ -39,7 +40,7 @@ def commands(program: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:

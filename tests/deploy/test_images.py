@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from tests.deploy.test_kuberay_rules import unknown_keys
 from tests.support.charts import ROOT, read
+from tests.support.missing import missing
 from tokenflow.cluster.app import GRPC_SERVICERS
 from tokenflow.cluster.config import parse_config
 from tokenflow.cluster.local import SERVE_ENVIRONMENT
@@ -62,11 +63,30 @@ def test_locks_have_what_the_tests_ran_with(kind):
     project = (ROOT / "pyproject.toml").read_text()
     wanted = re.findall(r'^  "([a-z0-9-]+)(?:\[\w+\])?>=', project.split("[project.opt")[0], re.M)
     assert set(wanted) - set(locked) == (set() if kind == "gpu" else {"torch"})
+    assert "opentelemetry-exporter-otlp-proto-http" in locked  # the extra `otel`
+
+
+def test_the_chart_names_the_ray_that_is_in_the_images():
+    """KubeRay takes its word for it."""
+    values = read(DEPLOY / "helm" / "tokenflow" / "values.yaml")
+    for kind in ("cpu", "gpu"):
+        assert pins(DEPLOY / "images" / f"requirements-{kind}.txt")["ray"] == values["rayVersion"]
 
 
 def test_the_cpu_image_has_the_torch_that_the_tests_ran_with():
     text = (DEPLOY / "images" / "cpu.Dockerfile").read_text()
     assert f"ARG TORCH_VERSION={pins(ROOT / 'constraints.txt')['torch']}+cpu" in text
+
+
+def test_the_log_is_of_a_build_of_this_lock():
+    """And of a run that served. Made anew as deploy/images/README.md says."""
+    log = (DEPLOY / "images" / "cpu-build.txt").read_text()
+    line = max(re.findall(r"^Successfully installed (.*)$", log, re.MULTILINE), key=len)
+    found = [re.fullmatch(r"(.*?)-(\d.*)", word).groups() for word in line.split()]
+    installed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+    assert installed == pins(DEPLOY / "images" / "requirements-cpu.txt")
+    assert re.search(r"^build rc 0$", log, re.MULTILINE)
+    assert re.search(r"^smoke test passed$", log, re.MULTILINE) and log.endswith("smoke rc 0\n")
 
 
 def test_the_context_has_what_is_copied():
@@ -128,7 +148,7 @@ def test_ray_takes_the_cluster_yaml():
 def test_systemd_takes_the_unit(tmp_path):
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
-        pytest.skip("systemd-analyze is not installed")
+        missing("systemd-analyze is not installed", in_ci=False)
     text = (DEPLOY / "systemd" / "tokenflow.service").read_text()
     unit = tmp_path / "tokenflow.service"
     # The program lies elsewhere on this machine; systemd looks whether it is there.

@@ -8,8 +8,10 @@ import yaml
 
 from tests.support.charts import CHART, EVERYTHING, RELEASE, RenderError, helm3, one, read, render4
 from tests.support.fake_kubernetes import FakeKubernetes, serving
+from tests.support.handbook import ROOT, commands, words
 
 SERVICE = ("RayService", "everything")
+NAMESPACE = ["--namespace", "readers"]
 
 
 @pytest.fixture
@@ -29,13 +31,13 @@ def cluster(tmp_path):
                 }
             )
         )
-        kubernetes.flags = ["--kubeconfig", str(tmp_path / "config"), "--namespace", "readers"]
+        kubernetes.flags = ["--kubeconfig", str(tmp_path / "config")]
         yield kubernetes
 
 
 def change(cluster: FakeKubernetes, verb: str, values: dict) -> None:
     # There is no OpenAPI to ask; the objects are validated as they come in.
-    flags = [*cluster.flags, "--disable-openapi-validation", "--values", "-"]
+    flags = [*cluster.flags, *NAMESPACE, "--disable-openapi-validation", "--values", "-"]
     helm3(verb, RELEASE, str(CHART), *flags, stdin=yaml.safe_dump(values))
 
 
@@ -60,14 +62,42 @@ def test_a_release_from_its_beginning_to_its_end(cluster):
         change(cluster, "upgrade", values)
     assert cluster.objects[SERVICE]["spec"] == second
 
-    helm3("rollback", RELEASE, "1", *cluster.flags)
+    helm3("rollback", RELEASE, "1", *cluster.flags, *NAMESPACE)
     assert cluster.objects[SERVICE]["spec"] == first
     assert cluster.of_chart() == kinds
-    history = yaml.safe_load(helm3("history", RELEASE, "--output", "yaml", *cluster.flags))
+    history = yaml.safe_load(
+        helm3("history", RELEASE, "--output", "yaml", *cluster.flags, *NAMESPACE)
+    )
     assert [entry["status"] for entry in history][-1] == "deployed"
 
-    helm3("uninstall", RELEASE, *cluster.flags)
+    helm3("uninstall", RELEASE, *cluster.flags, *NAMESPACE)
     assert cluster.of_chart() == set() and not cluster.refused
+
+
+VERBS = ("install", "upgrade", "history", "rollback")
+TYPED = [
+    typed[1:]
+    for _, command in commands()
+    if (typed := words(command))[0] == "helm" and {"tokenflow", "llm"} <= set(typed)
+]
+"""What the handbook tells to type about its release, in its order."""
+
+
+def test_what_the_handbook_types(cluster):
+    done = []
+    for typed in TYPED:
+        verb = next((word for word in typed if word in VERBS), None)
+        if verb is None:  # its test needs pods
+            continue
+        # A namespace would be checked against the OpenAPI, which is not there.
+        typed = [word for word in typed if word != "--create-namespace"]
+        flags = [*cluster.flags]
+        if verb in ("install", "upgrade"):
+            flags.append("--disable-openapi-validation")
+        helm3(*(str(ROOT / w) if w.startswith("deploy/") else w for w in typed), *flags)
+        assert ("RayService", "tokenflow") in cluster.objects and not cluster.refused
+        done.append(verb)
+    assert tuple(done) == VERBS
 
 
 def test_what_is_not_valid_is_not_installed(cluster):

@@ -16,7 +16,8 @@ from tests.support.fake_executor import FakeExecutor
 from tests.support.tiny_models import make_checkpoint
 from tokenflow.cluster.cli import main
 from tokenflow.replicas.errors import ConfigError
-from tokenflow.replicas.executor.base import KVLayout
+from tokenflow.replicas.executor.base import AsyncExecutor, KVLayout, ScheduledSequence
+from tokenflow.replicas.sampling.params import SamplingParams
 from tokenflow.replicas.scheduler.registry import make_policy
 from tokenflow.replicas.simulator.calibration import (
     Calibration,
@@ -317,6 +318,25 @@ def test_copies_are_alone_when_waited_for_with_nothing_beside_them():
     assert executor.take() == ([], [])
 
 
+def test_a_step_launched_ahead_lasts_from_the_end_of_the_one_before():
+    times = iter([0.0, 1.0, 5.0, 6.0, 9.0, 20.0, 22.0])
+    inner = FakeExecutor(8, 4, 8)
+    executor = RecordingExecutor(inner, clock=lambda: next(times))
+    assert not executor.overlaps
+    inner.overlaps = True
+    assert isinstance(executor, AsyncExecutor) and executor.overlaps
+    batch = [
+        ScheduledSequence(0, [3], 0, np.array([0]), True, SamplingParams(max_tokens=9), (3,), ())
+    ]
+    first, second = executor.launch(batch), executor.launch(batch)  # at 0 and 1
+    assert first.result().token_ids == second.result().token_ids  # at 5 and 6
+    third = executor.launch(batch)  # at 9
+    third.result()
+    steps, _ = executor.take()
+    assert [step.seconds for step in steps] == [5.0, 1.0, 11.0]
+    assert all(step.overhead_s is None and step.decodes == (1,) for step in steps)
+
+
 # -- a real engine --------------------------------------------------------------------------------
 
 
@@ -330,12 +350,13 @@ def test_a_real_engine_is_predicted(tmp_path, capsys):
     flags = f"calibrate --validate --seconds 5 --config {config} --out {out}"
     assert main(flags.split()) == 0
     shown = capsys.readouterr().out
-    assert "slack: " in shown and "fcfs: " in shown
+    policies = {"slack", "tokenflow", "fcfs"}
+    assert all(f"{policy}: " in shown for policy in policies)
     made = Calibration.load(out)
     assert made.kv_tokens == 1024 and made.accuracy.steps > 100 and made.copies > 10
     assert made.cost.fixed_s + made.cost.decode_s > 0
     report = json.loads((tmp_path / "out-validation.json").read_text())
-    assert set(report["policies"]) == {"slack", "fcfs"}
+    assert set(report["policies"]) == set(made.overheads) == policies
     for policy in report["policies"].values():
         figures = policy["figures"]
         assert 0.25 < figures["raw_tok_s"]["predicted"] / figures["raw_tok_s"]["real"] < 4

@@ -72,6 +72,10 @@ class FakeExecutor:
         self.last: dict[int, int] = {}
         """The token last drawn for each slot."""
         self._jobs: list[list] = []
+        self._filling: dict[int, set[int]] = {}
+        """Slots of the copies to the host that are not reported, by job: nobody may load them, and
+        nobody fill them, since the directions are not ordered on a device."""
+        self._loading: dict[int, set[int]] = {}
         self._sums: list[list] = []
         self._next_job = 0
 
@@ -115,7 +119,11 @@ class FakeExecutor:
                 self.host[slot] = self.kv[block]
             return {"checksums": tuple(self.checksum(slot) for _, slot in pairs)}
 
-        return self._job(copy)
+        slots = {slot for _, slot in pairs}
+        assert not slots & set().union(*self._filling.values(), *self._loading.values())
+        job_id = self._job(copy)
+        self._filling[job_id] = slots
+        return job_id
 
     def load(self, pairs, expected=()) -> int:
         pairs = list(pairs)
@@ -131,7 +139,11 @@ class FakeExecutor:
                 )
             }
 
-        return self._job(copy)
+        slots = {slot for slot, _ in pairs}
+        assert not slots & set().union(*self._filling.values())
+        job_id = self._job(copy)
+        self._loading[job_id] = slots
+        return job_id
 
     def poll_transfers(self, timeout_s: float = 0.0):
         done = []
@@ -142,6 +154,8 @@ class FakeExecutor:
                 error = RuntimeError("copy failed") if job[3] else None
                 found = {} if error else job[2]()
                 self._jobs.remove(job)
+                self._filling.pop(job[0], None)
+                self._loading.pop(job[0], None)
                 if self.late_sums and "checksums" in found:
                     done.append(CopyDone(job[0], error, 0.01, None))
                     self._sums.append([job[0], self.delay, found["checksums"]])

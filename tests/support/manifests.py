@@ -16,7 +16,8 @@ import yaml
 
 from tests.support.shared_data import shared_file
 
-KUBE_VERSION = "1.34"
+KUBE_VERSIONS = ("1.30", "1.34", "1.37")
+"""The oldest that the chart supports, the one it is rendered for, the newest with schemas."""
 Key = tuple[str, str]
 
 _ROUTE = """
@@ -47,9 +48,23 @@ properties:
         type: array
         items:
           type: object
-          required: [backendRefs]
+          required: [backendRefs, matches]
           additionalProperties: false
           properties:
+            matches:
+              type: array
+              items:
+                type: object
+                additionalProperties: false
+                properties:
+                  path:
+                    type: object
+                    additionalProperties: false
+                    properties: {type: {enum: [PathPrefix]}, value: {type: string}}
+                  method:
+                    type: object
+                    additionalProperties: false
+                    properties: {service: {type: string}}
             backendRefs:
               type: array
               items:
@@ -61,15 +76,15 @@ properties:
 """The part of the Gateway API's routes that the chart uses, after its v1 CRDs."""
 
 
-def problems(manifest: dict[str, Any]) -> list[str]:
-    """What is wrong with a manifest; empty when it is valid."""
+def problems(manifest: dict[str, Any], kube_version: str = KUBE_VERSIONS[1]) -> list[str]:
+    """What is wrong with a manifest in the eyes of one Kubernetes; empty when it is valid."""
     key = manifest["apiVersion"], manifest["kind"]
     validator = _custom().get(key)
     if validator is not None:
         errors = validator.iter_errors(manifest)
         return [f"{'/'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in errors]
     try:
-        kubernetes_validate.validate(manifest, KUBE_VERSION, strict=True)
+        kubernetes_validate.validate(manifest, kube_version, strict=True)
     except kubernetes_validate.ValidationError as error:
         return [f"{'/'.join(map(str, error.path))}: {error.message[:200]}"]
     return []

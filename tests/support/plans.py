@@ -45,6 +45,11 @@ def check_tracker(tracker: Tracker) -> None:
         ]
         assert tracker.count(state) == len(tracker.rows(state))
     assert tracker.take(list(range(len(tracker)))) == tracker.sequences
+    rows, claimed = tracker.claims()
+    read_on = [row for row, seq in enumerate(tracker.sequences) if not seq.playback.paused]
+    assert sorted(rows.tolist()) == read_on
+    asked = [0.0 if seq.elastic else seq.playback.rate for seq in tracker.take(rows)]
+    assert claimed.tolist() == np.cumsum(asked).tolist()
 
 
 def check_plan(view: View, plan: Plan) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,7 +14,7 @@ from tokenflow.cluster import authentication
 from tokenflow.cluster.api.errors import error_body
 from tokenflow.cluster.api_keys import ApiKey, key_hash, load_keys, new_key, parse_keys, save_keys
 from tokenflow.cluster.authentication import Authenticator, KeyFile
-from tokenflow.cluster.cli import main
+from tokenflow.cluster.cli import build_parser, main
 from tokenflow.cluster.quotas import KeyLimits
 from tokenflow.replicas.errors import ConfigError, InvalidRequestError, QuotaError
 
@@ -72,13 +74,63 @@ def test_new_limits_hold_at_once_and_what_was_used_stays_used():
         who.identify(f"Bearer {key}").quota.count_request(time.monotonic())
 
 
+class Running:
+    """A request under way."""
+
+    error: InvalidRequestError | None = None
+
+    def fail(self, error: InvalidRequestError) -> None:
+        self.error = error
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda key: [entry(key, revoked=True)],
+        lambda key: [],
+        lambda key: [entry(new_key())],  # another secret under the same name
+        lambda key: [entry(key, tenant="other")],
+    ],
+    ids=["revoked", "gone", "another secret", "another tenant"],
+)
+def test_what_a_key_runs_ends_with_it(after):
+    one, two = new_key(), new_key()
+    who = Authenticator([entry(one), entry(two, "two")])
+    mine, others, late = Running(), Running(), Running()
+    principal = who.identify(f"Bearer {one}")
+    principal.runs(mine)
+    who.identify(f"Bearer {two}").runs(others)
+    who.replace([entry(one, limits=KeyLimits(streams=1)), entry(two, "two")])
+    assert mine.error is None  # other limits are no reason
+    who.replace([*after(one), entry(two, "two")])
+    assert mine.error is not None and mine.error.status == 401
+    assert others.error is None
+    # One that was being opened meanwhile.
+    principal.runs(late)
+    assert late.error is not None
+
+
+def test_a_key_that_is_valid_again_is_valid():
+    key = new_key()
+    who = Authenticator([entry(key, limits=KeyLimits(requests_per_minute=1))])
+    who.identify(f"Bearer {key}").quota.count_request(time.monotonic())
+    for revoked in (True, False):
+        who.replace([entry(key, revoked=revoked, limits=KeyLimits(requests_per_minute=1))])
+    principal, running = who.identify(f"Bearer {key}"), Running()
+    principal.runs(running)
+    assert running.error is None
+    with pytest.raises(QuotaError):  # what was used stays used
+        principal.quota.count_request(time.monotonic())
+
+
 async def test_the_file_is_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(authentication, "RELOAD_S", 0.01)
     path, one, two = tmp_path / "keys.yaml", new_key(), new_key()
     save_keys(path, [entry(one)])
     file = KeyFile(path)
     who = Authenticator(file.keys)
-    following = asyncio.create_task(file.follow(who))
+    told: list[bool] = []
+    following = asyncio.create_task(file.follow(who, told.append))
 
     async def until(accepted: list[str], refused: list[str]) -> None:
         async with asyncio.timeout(10):
@@ -97,14 +149,17 @@ async def test_the_file_is_followed(tmp_path, monkeypatch):
     await until([one, two], [])
     save_keys(path, [entry(one, revoked=True), entry(two, "two")])
     await until([two], [one])
+    assert not any(told)
     path.write_text("- nonsense")
     await asyncio.sleep(0.1)
     await until([two], [one])
     path.unlink()
     await asyncio.sleep(0.1)
     await until([two], [one])
+    assert told[-2:] == [True, True]
     save_keys(path, [entry(one)])
     await until([one], [two])
+    assert told[-1] is False
     following.cancel()
 
 
@@ -152,8 +207,69 @@ def test_the_command_makes_lists_and_revokes(tmp_path, capsys):
     assert "k  tenant=acme  revoked" in (main(["keys", "list", *at]), capsys.readouterr().out)[1]
     with pytest.raises(InvalidRequestError):
         Authenticator(load_keys(path)).identify(f"Bearer {key}")
-    assert main(["keys", "create", "--tenant", "acme", "--id", "k", *at]) == 2
-    assert main(["keys", "create", "--tenant", "a b", *at]) == 2
-    assert main(["keys", "create", "--tenant", "a", "--rate", "-1", *at]) == 2
-    assert main(["keys", "revoke", "nobody", *at]) == 2
-    assert main(["keys", "list", "--file", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["create", "--tenant", "acme", "--id", "k"], "has a key named 'k' already; choose"),
+        (["create", "--tenant", "a b"], "--tenant: 1 to 64 letters"),
+        (["create", "--tenant", "a", "--id", ""], "--id: 1 to 64 letters"),
+        (["create", "--tenant", "a", "--requests-per-minute", "-1"], "--requests-per-minute: "),
+        (["revoke", "nobody"], "has no key named 'nobody'; it has: k."),
+        (["list", "--file", "/nowhere/keys.yaml"], "cannot read the API keys in '/nowhere"),
+        (["create", "--tenant", "a", "--file", "/nowhere/keys.yaml"], "cannot write '/nowhere"),
+    ],
+)
+def test_what_the_command_refuses(tmp_path, capsys, words, says):
+    path = tmp_path / "keys.yaml"
+    save_keys(path, [entry(new_key(), "k")])
+    before = path.read_text()
+    command, *rest = words
+    assert main(["keys", command, "--file", str(path), *rest]) == 2
+    told = capsys.readouterr()
+    assert says in told.err and "sk-tf-" not in told.out + told.err
+    assert path.read_text() == before
+
+
+def test_the_longest_tenant_has_a_key_too(tmp_path):
+    path = tmp_path / "keys.yaml"
+    assert main(["keys", "create", "--tenant", "a" * 64, "--file", str(path)]) == 0
+    (key,) = load_keys(path)
+    assert key.tenant == "a" * 64 and len(key.id) == 64
+
+
+def test_whoever_reads_the_file_can_do_so_after_a_change(tmp_path):
+    """Root revokes a key in the file of the server's user: were it root's then, the server would
+    keep the keys it knows."""
+    path, link = tmp_path / "keys.yaml", tmp_path / "link.yaml"
+    save_keys(path, [entry(new_key(), "k")])
+    link.symlink_to(path)
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12346)
+    before = path.stat()
+    assert main(["keys", "revoke", "k", "--file", str(link)]) == 0
+    after = path.stat()
+    assert link.is_symlink() and load_keys(path)[0].revoked
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+
+
+def test_changes_at_the_same_time_are_all_there(tmp_path):
+    path = tmp_path / "keys.yaml"
+    save_keys(path, [entry(new_key(), "k")])
+    create = ["keys", "create", "--tenant", "acme", "--file", str(path)]
+    commands = [create] * 12 + [["keys", "revoke", "k", "--file", str(path)]]
+
+    def run(words: list[str]) -> int:
+        args = build_parser().parse_args(words)
+        return args.run(args)
+
+    with ThreadPoolExecutor(13) as pool:
+        assert set(pool.map(run, commands)) == {0}
+    keys = load_keys(path)
+    assert len(keys) == 13 and keys[0].revoked

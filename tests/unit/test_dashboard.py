@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from deploy.observability import dashboard
+from tests.support.missing import missing
 from tests.support.promql import metric_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def test_every_alert_has_a_case_in_which_it_fires():
 def test_the_alerts_fire_as_their_cases_say():
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed; it comes with Prometheus")
+        missing("promtool is not installed; it comes with Prometheus")
     done = subprocess.run(
         [promtool, "test", "rules", str(CASES)], capture_output=True, text=True, timeout=60
     )

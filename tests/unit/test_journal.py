@@ -10,18 +10,21 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from prometheus_client import generate_latest
 from ray._common.formatters import JSONFormatter
+from ray.serve.exceptions import gRPCStatusError
 
 from tokenflow.cluster.attempts import Attempts
 from tokenflow.cluster.config import TracingConfig
 from tokenflow.cluster.generation import Usage
 from tokenflow.cluster.journal import Journal
 from tokenflow.cluster.logs import REQUEST_ID, adopt_engine_logs
+from tokenflow.cluster.rpc.servicer import RpcFailed
 from tokenflow.cluster.tracing import Tracing
 from tokenflow.replicas.errors import ConfigError
 from tokenflow.replicas.life import Note
@@ -95,6 +98,17 @@ def test_a_request_is_one_line_and_one_count_however_often_it_ends(written):
     assert count(journal) == [
         'tokenflow_ingress_requests_total{api="chat",ingress="front",status="200"} 1.0'
     ]
+
+
+def test_a_call_that_was_refused_is_no_error_of_serve(written):
+    """Serve would write the traceback of each, to whoever wants to fill a disk."""
+    refused = RpcFailed(grpc.StatusCode.UNAUTHENTICATED, "no")
+    serve = logging.getLogger("ray.serve")
+    for error in (refused, gRPCStatusError(refused, grpc.StatusCode.UNAUTHENTICATED, "no")):
+        serve.error("Request failed.", exc_info=error)
+    assert written == []
+    serve.error("Request failed.", exc_info=ValueError("ours"))
+    assert "ValueError: ours" in written[0]["exc_text"]
 
 
 def test_a_refused_request_is_known_by_its_header(written):

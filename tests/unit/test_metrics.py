@@ -235,6 +235,10 @@ def test_the_ingress_counts_its_requests():
     assert found["tokenflow_ingress_request_seconds_count"][chat] == 2
     assert found["tokenflow_ingress_request_seconds_sum"][chat] == 702
     assert not [name for name in found if name.endswith("_created")]
+    for stale in (True, False):
+        own.keys_stale(stale)
+        stale_keys = scrape(own=own.registry)["tokenflow_ingress_keys_stale"]
+        assert stale_keys == {(("ingress", "front"),): float(stale)}
 
 
 def test_without_replicas_the_ingress_still_answers():

@@ -69,6 +69,18 @@ async def test_each_ingress_gets_its_own_events_in_order(boxes):
     assert unpack(await anext(other))[:2] == ([event(0, "b#1")], [])
 
 
+async def test_steps_that_follow_each_other_closely_share_a_frame(boxes):
+    boxes.take(submission("a"))
+    frames = await listen(boxes)
+    boxes.dispatch([event(0, "a#1")])
+    assert unpack(await anext(frames))[0] == [event(0, "a#1")]
+    following = asyncio.ensure_future(anext(frames))
+    boxes.dispatch([event(1, "a#1")])
+    await asyncio.sleep(0)
+    boxes.dispatch([event(2, "a#1")])
+    assert unpack(await following)[0] == [event(1, "a#1"), event(2, "a#1")]
+
+
 async def test_an_idle_replica_beats_unless_its_engine_is_stuck(engine):
     health = [True]
     boxes = Outboxes(

@@ -59,6 +59,10 @@ def obstacle(name: str, layout: KVLayout, device: torch.device) -> str | None:
     if dim not in (16, 32, 64, 128, 256):
         # Its own limit is wider, but KV is written by the Triton kernel.
         return f"a head_dim of {dim} is no power of two"
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # built for another torch, often
+        return f"flash-attn is installed, but cannot be imported ({type(error).__name__}: {error})"
     return None
 
 

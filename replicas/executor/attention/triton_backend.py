@@ -16,10 +16,13 @@ from tokenflow.replicas.executor.attention.base import PackedStep
 from tokenflow.replicas.executor.attention.pool import KVPool
 from tokenflow.replicas.executor.transfer import upload
 
-_PREFILL_ROWS = 128
-"""Rows of a prefill program: what a warpgroup's matrix instructions take twice."""
+_PREFILL_ROWS = {2: 128, 4: 32}
+"""Rows of a prefill program by bytes of a number: what a warpgroup's matrix instructions take
+twice; in float32, which has none, few enough for the registers."""
 _KEYS = 64
 """Keys per iteration."""
+_SHARED_BYTES = 96 << 10
+"""For the keys and values on their way; queries and weights take as much again."""
 _LEAST_SPLIT_KEYS = 256
 _MOST_SPLITS = 32
 _PROGRAMS_PER_PROCESSOR = 2
@@ -34,9 +37,22 @@ def decode_splits(sequences: int, kv_heads: int, keys: int, processors: int) -> 
 
 
 def query_tiles(lengths: list[int], queries: int) -> tuple[list[int], list[int]]:
-    """(sequence, offset of its first query) of each program over chunks of these lengths."""
-    tiles = [(k, at) for k, length in enumerate(lengths) for at in range(0, length, queries)]
+    """(sequence, offset of its first query) of each program over chunks of these lengths; the end
+    of a chunk first, which has the most keys to look at, so that no program begins it late."""
+    tiles = [
+        (k, at) for k, length in enumerate(lengths) for at in reversed(range(0, length, queries))
+    ]
     return [k for k, _ in tiles], [at for _, at in tiles]
+
+
+def launch_options(queries: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """Warps, and stages of the pipeline of loads, of `attend` for `queries` per program: as many
+    as the shared memory of a multiprocessor holds beside the rest."""
+    stage_bytes = 2 * _KEYS * head_dim * itemsize
+    return {
+        "num_warps": 8 if queries > 1 else 4,
+        "num_stages": max(1, min(3, _SHARED_BYTES // stage_bytes)),
+    }
 
 
 class TritonAttention:
@@ -51,7 +67,7 @@ class TritonAttention:
         ask it."""
         self._pool = pool
         self._window = window or 0
-        self._queries = max(1, _PREFILL_ROWS // group)
+        self._queries = max(1, _PREFILL_ROWS[pool.data.element_size()] // group)
         if processors is None:
             processors = torch.cuda.get_device_properties(pool.device).multi_processor_count
         self._processors = processors
@@ -207,9 +223,9 @@ class TritonBatch:
             QUERIES=queries,
             ROWS=max(16, triton.next_power_of_2(queries * group)),
             KEYS=_KEYS,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             WINDOW=self.window,
-            num_warps=8 if queries > 1 else 4,
+            **launch_options(queries, head_dim, query.element_size()),
         )
         if splits > 1:
             kernels.merge_splits[(tokens, heads)](
@@ -221,8 +237,9 @@ class TritonBatch:
                 *out.stride()[:2],
                 tokens,
                 heads,
+                splits,
                 HEAD_DIM=head_dim,
-                SPLITS=splits,
+                MOST_SPLITS=_MOST_SPLITS,
             )
 
 

@@ -36,7 +36,8 @@ def store_kv(
 ):
     """One program per token: K and V `[tokens, HEADS, HEAD_DIM]` of one layer to their places.
     HEAD_ROWS is HEADS rounded up to a power of two."""
-    token = tl.program_id(0)
+    # 64 bits: a packed batch may have more than 2^31 elements.
+    token = tl.program_id(0).to(tl.int64)
     place = tl.load(places + token)
     head = tl.arange(0, HEAD_ROWS)[:, None]
     dim = tl.arange(0, HEAD_DIM)[None]
@@ -87,7 +88,7 @@ def attend(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Program (p - first_program, kv head, split): queries `[program_offsets[p], + QUERIES)` of
@@ -95,8 +96,8 @@ def attend(
 
     query_starts int32 `[sequences + 1]` index the packed queries, seen int32 `[sequences]` are the
     tokens in the pool, this step's included. ROWS >= QUERIES * GROUP is a power of two >= 16. With
-    SPLITS > 1 float32 partial results are written, `[SPLITS, tokens, heads(, HEAD_DIM)]` of the
-    tokens from `first_token` on, for `merge_splits`. WINDOW 0: none.
+    SPLIT float32 partial results are written, `[splits, tokens, heads(, HEAD_DIM)]` of the tokens
+    from `first_token` on, for `merge_splits`. WINDOW 0: none.
     """
     program = first_program + tl.program_id(0)
     kv_head, split = tl.program_id(1), tl.program_id(2)
@@ -111,7 +112,7 @@ def attend(
     head = kv_head * GROUP + row % GROUP
     real = (index < length) & (row < QUERIES * GROUP)
     dim = tl.arange(0, HEAD_DIM)
-    token = first + index
+    token = (first + index).to(tl.int64)
     q = tl.load(
         query + token[:, None] * query_token_stride + head[:, None] * query_head_stride + dim[None],
         mask=real[:, None],
@@ -123,8 +124,8 @@ def attend(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(total - length + offset - WINDOW + 1, 0) // KEYS * KEYS
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, KEYS), SPLITS) * KEYS
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, KEYS), tl.num_programs(2)) * KEYS
         begin = begin + split * share
         end = tl.minimum(begin + share, end)
 
@@ -160,7 +161,7 @@ def attend(
         )
         highest = new_highest
 
-    if SPLITS == 1:
+    if not SPLIT:
         result = accumulated / weight_sum[:, None]
         target = token[:, None] * out_token_stride + head[:, None] * out_head_stride + dim[None]
         tl.store(out + target, result.to(out.dtype.element_ty), mask=real[:, None])
@@ -173,7 +174,7 @@ def attend(
         )
 
 
-@triton.jit(do_not_specialize=["first_token", "partial_tokens"])
+@triton.jit(do_not_specialize=["first_token", "partial_tokens", "splits"])
 def merge_splits(
     out,
     partial_out,
@@ -184,18 +185,24 @@ def merge_splits(
     out_head_stride,
     partial_tokens,
     heads,
+    splits,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
 ):
-    """Program (token, head): the weighted mean of what the splits of `attend` found."""
-    token, head = tl.program_id(0), tl.program_id(1)
-    split = tl.arange(0, SPLITS)
+    """Program (token, head): the weighted mean of what the splits of `attend` found. MOST_SPLITS is
+    a power of two >= splits."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split = tl.arange(0, MOST_SPLITS)
+    there = split < splits
     dim = tl.arange(0, HEAD_DIM)
     source = (split * partial_tokens + token) * heads + head
-    highest = tl.load(partial_max + source)
+    highest = tl.load(partial_max + source, mask=there, other=float("-inf"))
     weights = tl.exp2(highest - tl.max(highest, 0))
-    total = tl.sum(weights * tl.load(partial_sum + source), 0)
-    parts = tl.load(partial_out + source[:, None] * HEAD_DIM + dim[None])
+    sums = tl.load(partial_sum + source, mask=there, other=0.0)
+    total = tl.sum(weights * sums, 0)
+    parts = tl.load(
+        partial_out + source[:, None] * HEAD_DIM + dim[None], mask=there[:, None], other=0.0
+    )
     result = tl.sum(parts * weights[:, None], 0) / total
     target = (first_token + token) * out_token_stride + head * out_head_stride + dim
     tl.store(out + target, result.to(out.dtype.element_ty))

@@ -1,13 +1,14 @@
 """Copies of blocks: the right bytes in the right places, and faults reported."""
 
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
 import xxhash
 
 from tokenflow.replicas.errors import KVStoreError
-from tokenflow.replicas.executor import block_copies
+from tokenflow.replicas.executor import block_copies, host_memory
 from tokenflow.replicas.executor.block_copies import CopyThread, Reports, runs
 from tokenflow.replicas.executor.parallel.sharding import Shard
 
@@ -174,3 +175,39 @@ def test_slots_without_room_for_all_parts_are_refused(memory):
     device, host = memory
     with pytest.raises(KVStoreError, match="do not hold the 4096 bytes that each of 2 ranks has"):
         CopyThread(device, host, Shard(1, 2))
+
+
+class PyBindError(NamedTuple):
+    """An enumeration's member as some builds of torch make it, others make plain numbers."""
+
+    value: int
+
+
+@pytest.mark.parametrize("kind", [int, PyBindError])
+def test_memory_that_cannot_be_page_locked_is_said_and_used(monkeypatch, caplog, kind):
+    answers = iter([0, 0, 2])
+    asked = []
+
+    class Cudart:
+        @staticmethod
+        def cudaHostRegister(address, size, flags):
+            asked.append((address, size, flags))
+            return kind(next(answers))
+
+        @staticmethod
+        def cudaHostUnregister(address):
+            asked.append(address)
+            return kind(next(answers))
+
+    def refused(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")  # what the failed call has left behind
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart)
+    monkeypatch.setattr(torch, "zeros", refused)
+    host = torch.empty(4, SIZE, dtype=torch.uint8)
+    assert host_memory.pin(host) is host
+    host_memory.unpin(host)
+    assert asked == [(host.data_ptr(), 4 * SIZE, 0), host.data_ptr()]
+    assert not caplog.records
+    assert host_memory.pin(host) is None
+    assert "CUDA error 2" in caplog.text and "memlock" in caplog.text

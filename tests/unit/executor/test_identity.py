@@ -11,6 +11,7 @@ from tests.support.tiny_models import FAMILIES, make_checkpoint, make_tokenizer,
 from tests.support.triton_interpreter import interpret
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
+from tokenflow.replicas.executor import torch_executor
 from tokenflow.replicas.executor.checkpoint import inspect_checkpoint
 from tokenflow.replicas.executor.torch_executor import TorchExecutor
 from tokenflow.replicas.scheduler.registry import make_policy
@@ -124,12 +125,14 @@ def test_greedy_survives_steps_ahead_and_padded_batches(checkpoint, graphs):
         assert out[f"{i}"] == reference(checkpoint, prompt, TOKENS)
 
 
-def test_the_kernels_for_gpus_give_the_same_text(tmp_path):
+def test_the_kernels_for_gpus_give_the_same_text(tmp_path, monkeypatch):
     interpret()
+    monkeypatch.setattr(torch_executor, "has_triton", lambda device: True)
     checkpoint = make_checkpoint(tmp_path / "llama", "llama")
     engine = build(
         checkpoint, blocks=16, ahead=True, attention_backend="triton", decode_graphs=True
     )
+    engine.executor._warm_up(engine.max_model_len)
     asked = prompts()[0:3:2]
     out = run(engine, [make_request(f"{i}", p, 6) for i, p in enumerate(asked)])
     for i, prompt in enumerate(asked):

@@ -15,10 +15,11 @@ from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, StepMemoryError
 from tokenflow.replicas.executor import torch_executor
+from tokenflow.replicas.executor.base import KVLayout
 from tokenflow.replicas.executor.checkpoint import inspect_checkpoint
 from tokenflow.replicas.executor.memory import MemoryBudget, fit_blocks, step_blocks, worst_step
 from tokenflow.replicas.executor.torch_executor import TorchExecutor
-from tokenflow.replicas.factory import _memory_budget
+from tokenflow.replicas.factory import _memory_budget, private_host_memory
 from tokenflow.replicas.scheduler.registry import make_policy
 
 MIB = 1 << 20
@@ -134,6 +135,27 @@ def test_out_of_memory_in_the_model_is_told_as_such_and_survived(checkpoint, mon
         engine.executor.execute(worst_step(48, 16, 8))
     assert tokens(engine, prompt) == reference(checkpoint, prompt, 12)
     assert engine.stats.out_of_memory > 0
+
+
+def test_what_does_not_fit_at_the_start_is_said(checkpoint, monkeypatch):
+    def capture(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TorchExecutor, "_capture", capture)
+    with pytest.raises(CheckpointError, match=r"1 KV blocks and the graphs .*engine\.kv_tokens"):
+        make(checkpoint, decode_graphs=True)
+
+
+def test_host_memory_of_ones_own_lives_as_long_as_its_tensor():
+    layout = KVLayout(2, 8, 2, 16, "float32")
+    memory = private_host_memory(3, layout)
+    assert memory.shape == (3, layout.block_bytes) and memory.dtype == torch.uint8
+    assert not memory.any()
+    slot = memory[2]
+    del memory
+    slot.fill_(7)
+    assert int(slot.sum()) == 7 * layout.block_bytes
+    assert private_host_memory(0, layout).shape == (0, layout.block_bytes)
 
 
 def test_only_a_gpu_that_is_not_told_measures(checkpoint, monkeypatch):

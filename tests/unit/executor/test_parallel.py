@@ -92,7 +92,7 @@ def test_two_ranks_draw_the_tokens_of_one(family, changes, fuse, tmp_path):
 
 def test_a_lost_rank_ends_the_executor_at_once():
     spec = inspect_checkpoint("random:tiny", dtype="float32")
-    host = private_host_memory(8, spec.kv_layout(8), "cpu", ranks=2)
+    host = private_host_memory(8, spec.kv_layout(8), ranks=2)
     executor = parallel(spec, blocks=30, host=host)
     try:
         (pid,) = executor.processes
@@ -161,7 +161,7 @@ def test_two_gpus_draw_the_tokens_of_one():
             "random:tiny",
             settings,
             FakeHost(256),
-            host_memory=private_host_memory(256, layout, "cuda", ranks),
+            host_memory=private_host_memory(256, layout, ranks),
             device="cuda",
             num_blocks=384 // 16,
         )

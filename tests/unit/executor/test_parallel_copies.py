@@ -186,7 +186,7 @@ def test_parts_become_one_report():
 
 def test_private_memory_is_shared_by_the_ranks_and_leaves_no_file():
     layout = KVLayout(1, 4, 2, 8, "float32")
-    segment = private_host_memory(4, layout, "cpu", ranks=2)
+    segment = private_host_memory(4, layout, ranks=2)
     memory, path = segment.tensor(), segment.path
     assert memory.shape == (4, layout.block_bytes) and os.path.exists(path)
     del segment

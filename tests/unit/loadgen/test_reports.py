@@ -381,6 +381,9 @@ def test_the_folder_holds_everything(tmp_path):
     assert names == ["report.html", "report.json", "requests-1.jsonl", "workload-1.jsonl"]
     lines = [json.loads(x) for x in (folder.path / "requests-1.jsonl").read_text().splitlines()]
     assert len(lines) == COUNT and len(lines[0]["arrivals"]) == 60 and "text" not in lines[0]
+    assert load_report(folder.path) == made
+    written = (folder.path / "report.json").read_text().splitlines()
+    assert len(written) > 100 and not any(line.strip(" ,").isdigit() for line in written)
     with pytest.raises(ConfigError, match="holds a run already"):
         RunFolder(folder.path)
 

@@ -7,13 +7,13 @@ import math
 import pytest
 
 from tests.support.views import NO_READER, RUNNING, sequence, taught, view
-from tokenflow.replicas.request import FIRST_REFERENCE
+from tokenflow.replicas.request import FIRST_REFERENCE, Sequence
 from tokenflow.replicas.scheduler.capacity import (
     LOAD_FACTOR,
     Load,
     assess,
     capacity,
-    reference_rate,
+    reference_rates,
     sustained,
     unpromised,
 )
@@ -80,9 +80,16 @@ def elastic(*names: str) -> list:
     return [sequence(name, rate=NO_READER, max_tokens=100) for name in names]
 
 
+def reference(cost: CostModel, *sequences: Sequence) -> float:
+    """Of the first of them."""
+    rates = reference_rates(tracker_of(*sequences), cost, 100_000, 64)
+    assert rates is not None
+    return float(rates[0])
+
+
 def test_without_knowledge_or_consumers_there_is_no_reference():
-    assert reference_rate(tracker_of(*elastic("a")), CostModel(), 400, 64) is None
-    assert reference_rate(tracker_of(sequence("a")), taught(**LINEAR), 400, 64) is None
+    assert reference_rates(tracker_of(*elastic("a")), CostModel(), 400, 64) is None
+    assert reference_rates(tracker_of(sequence("a")), taught(**LINEAR), 400, 64) is None
 
 
 def test_it_is_an_equal_share_of_what_the_readers_leave():
@@ -90,27 +97,36 @@ def test_it_is_an_equal_share_of_what_the_readers_leave():
     sequences = [*elastic("a", "b"), sequence("c", rate=20.0, max_tokens=100)]
     # 3 sequences in 0.031 s.
     share = (LOAD_FACTOR * 3 / 0.031 - 20.0) / 2
-    got = reference_rate(tracker_of(*sequences), cost, 100_000, 64)
+    got = reference(cost, *sequences)
     assert got == pytest.approx(share, rel=1e-3)
     assert got != FIRST_REFERENCE
 
 
+def test_of_several_tenants_it_is_of_what_a_tenants_own_readers_leave_of_its_share():
+    cost = taught(per_sequence=0.01)
+    flood = [sequence(f"{i}", rate=50.0, max_tokens=100, tenant="b") for i in range(8)]
+    takers = [sequence(f"t{i}", rate=NO_READER, max_tokens=100, tenant="a") for i in range(2)]
+    own = sequence("own", rate=6.0, max_tokens=100, tenant="a")
+    half = LOAD_FACTOR * 100 / 2
+    assert reference(cost, *takers, own, *flood) == pytest.approx((half - 6.0) / 2, rel=1e-3)
+    # What another does not want is there to be taken.
+    modest = sequence("m", rate=20.0, max_tokens=100, tenant="b")
+    assert reference(cost, *takers, modest) == pytest.approx((2 * half - 20.0) / 2, rel=1e-3)
+
+
 def test_alone_it_rises_to_what_one_stream_can_be_given_and_no_further():
     cost = taught(fixed=0.01, per_sequence=0.001)
-    assert reference_rate(tracker_of(*elastic("a")), cost, 100_000, 64) == pytest.approx(
-        LOAD_FACTOR / 0.011, rel=1e-3
-    )
+    assert reference(cost, *elastic("a")) == pytest.approx(LOAD_FACTOR / 0.011, rel=1e-3)
     # Batching makes far more than one stream could take; the others are about to end.
     cheap = taught(fixed=0.01)
     done = [sequence(f"{i}", rate=0.001, max_tokens=100) for i in range(20)]
-    got = reference_rate(tracker_of(*elastic("a"), *done), cheap, 100_000, 64)
-    assert got == pytest.approx(1 / 0.01, rel=1e-3)
+    assert reference(cheap, *elastic("a"), *done) == pytest.approx(1 / 0.01, rel=1e-3)
 
 
 def test_readers_who_want_everything_leave_a_floor():
     cost = taught(per_sequence=0.01)
     greedy = [sequence(f"{i}", rate=50.0, max_tokens=100) for i in range(8)]
-    assert reference_rate(tracker_of(*elastic("a"), *greedy), cost, 100_000, 64) == 1.0
+    assert reference(cost, *elastic("a"), *greedy) == 1.0
 
 
 def readers(count: int, rate: float) -> list:

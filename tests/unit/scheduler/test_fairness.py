@@ -14,7 +14,7 @@ from tests.support.views import RUNNING, sequence, taught, view
 from tokenflow.cluster.admission import favoured
 from tokenflow.replicas.errors import CapacityError
 from tokenflow.replicas.scheduler.capacity import unpromised
-from tokenflow.replicas.scheduler.fairness import fair_share, turns
+from tokenflow.replicas.scheduler.fairness import entitled, fair_share, turns
 from tokenflow.replicas.scheduler.slack import SlackPolicy
 
 
@@ -48,6 +48,22 @@ def test_a_fair_share_uses_everything_and_leaves_small_ones_alone(demands, total
         assert given_out <= total + 1e-6
     else:
         assert given_out == pytest.approx(total)
+
+
+def test_a_share_covers_requests_in_order_of_arrival_but_none_of_who_floods():
+    tenant = np.array([0, 0, 0, 1, 1, 1, 1, 2])
+    order = np.arange(8)
+
+    def names(total: float) -> list[int]:
+        wants = np.array([4.0, 3.0, 3.0, 9.0, 9.0, 9.0, 9.0, 2.0])
+        return np.flatnonzero(entitled(tenant, order, wants, total)).tolist()
+
+    assert names(48.0) == [], "there is enough for all"
+    # Shares of 10 and more: only the flood asks for more, at first less than twice its share.
+    assert names(40.0) == [0, 1, 2, 3, 4, 5, 7]
+    assert names(22.0) == [0, 1, 2, 7]
+    # 9 each: one of the first tenant's has to wait.
+    assert names(20.0) == [0, 1, 7]
 
 
 def test_of_two_tenants_rates_are_promised_in_turn_and_of_one_by_arrival():

@@ -239,6 +239,13 @@ def test_a_start_leaves_room_to_grow_until_somebody_can_leave():
     assert names(plan(view(reader, again, free=5)).admit) == ["again"]
 
 
+def test_a_stream_that_is_about_to_end_needs_no_more_room_than_its_end():
+    # Four tokens are left, one block; the rate alone would ask for 50 blocks.
+    ending = running("e", 0.5, rate=100.0, max_tokens=64)
+    assert names(plan(view(ending, late_one(), free=6)).admit) == ["late"]
+    assert names(plan(view(ending, late_one(), free=5)).admit) == []
+
+
 def test_each_start_counts_for_the_next_one():
     waiting = [sequence(f"w{i}") for i in range(4)]
     # 3, then 3 + 7, then 3 + 14 blocks.
@@ -325,9 +332,9 @@ def test_with_capacity_to_spare_the_longest_run_ahead():
     assert batch(plan(view(*streams))) == {"thin": 1}
     # 100 steps a second for three readers of 10 tokens/s.
     assert batch(plan(view(*streams, cost=cost))) == {"full": 1, "thin": 1}
-    # When the readers take it all, nothing is left to run ahead with.
-    slow = taught(per_sequence=0.033)
-    assert batch(plan(view(*streams, cost=slow), load_factor=2.0)) == {"thin": 1}
+    # When the readers take nearly all, what is left does not carry anybody ahead.
+    slow = taught(per_sequence=0.03)
+    assert batch(plan(view(*streams, cost=slow))) == {"thin": 1}
 
 
 def test_a_stream_that_would_end_alone_comes_back_first():
@@ -342,13 +349,13 @@ def test_a_stream_that_would_end_alone_comes_back_first():
 
 
 def test_also_when_it_has_all_its_reader_needs_and_nothing_is_to_spare():
-    # Three readers of ten take what there is; the other two are done in a moment.
-    cost = taught(per_sequence=0.034)
+    # Three readers of ten take nearly all there is; the other two are done in a moment.
+    cost = taught(per_sequence=0.03)
     long = off("long", 9.0, output=100, max_tokens=1000)
     short = [running(f"s{i}", 3.0, max_tokens=70) for i in range(2)]
     args = {"free": 20, "total": 1000}
     assert victims(plan(view(*short, long, **args))) == []
-    assert victims(plan(view(*short, long, cost=cost, **args), load_factor=2.0)) == ["s0"]
+    assert victims(plan(view(*short, long, cost=cost, **args))) == ["s0"]
 
 
 def test_a_late_stream_does_not_leave():

@@ -165,6 +165,13 @@ class Operations(RuleBasedStateMachine):
         seq.set_rate(rate, 10.0)
         self.tracker.touch(seq)
 
+    @precondition(lambda self: self.sequences)
+    @rule(index=st.integers(0, 99), pauses=st.booleans())
+    def pause(self, index: int, pauses: bool) -> None:
+        seq = self.pick(index)
+        (seq.playback.pause if pauses else seq.playback.resume)(10.0)
+        self.tracker.touch(seq)
+
     @rule()
     def refresh(self) -> None:
         self.tracker.refresh()
@@ -175,6 +182,7 @@ class Operations(RuleBasedStateMachine):
         for state in State:
             self.tracker.rows(state)
         assert len(self.tracker.context) == len(self.sequences)
+        self.tracker.claims()
 
     @invariant()
     def columns_say_what_the_sequences_say(self) -> None:

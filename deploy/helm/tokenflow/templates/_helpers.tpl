@@ -40,7 +40,7 @@ annotations: {{- toYaml . | nindent 2 }}
 {{- if $image.digest -}}
 {{ $image.repository }}@{{ $image.digest }}
 {{- else -}}
-{{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{ $image.repository }}:{{ $image.tag | default (printf "%s-%s" .Chart.AppVersion (ternary "gpu" "cpu" (gt (int (include "tokenflow.allGpus" .)) 0))) }}
 {{- end -}}
 {{- end -}}
 
@@ -74,6 +74,25 @@ annotations: {{- toYaml . | nindent 2 }}
 
 {{- define "tokenflow.gpus" -}}
 {{- dig "resources" "limits" "nvidia.com/gpu" 0 . | int -}}
+{{- end -}}
+
+{{/* GPUs of one pod of each group, together: 0 = a cluster without GPUs. */}}
+{{- define "tokenflow.allGpus" -}}
+{{- $gpus := 0 -}}
+{{- range (include "tokenflow.workerGroups" . | fromYaml).groups -}}
+{{- $gpus = add $gpus (include "tokenflow.gpus" .) -}}
+{{- end -}}
+{{- $gpus -}}
+{{- end -}}
+
+{{/* The CPUs of a pod that Ray gives out: KubeRay takes the limit, else the request, and rounds up.
+     With neither Ray counts those of the machine, which nobody knows here. dict group, what */}}
+{{- define "tokenflow.cpus" -}}
+{{- $text := toString (dig "resources" "limits" "cpu" (dig "resources" "requests" "cpu" "1000000" .group) .group) -}}
+{{- if not (regexMatch "^[0-9]+(\\.[0-9]+)?m?$" $text) -}}
+{{- fail (printf "%s: resources: cpu must be a quantity such as \"8\" or 500m, got %q" .what $text) -}}
+{{- end -}}
+{{- divf (float64 (trimSuffix "m" $text)) (ternary 1000.0 1.0 (hasSuffix "m" $text)) | ceil | printf "%.0f" -}}
 {{- end -}}
 
 {{/* The most and the fewest pods of a group. */}}

@@ -1,9 +1,6 @@
 {{/* The configuration file of `tokenflow serve`: the user's `config` with what the chart knows. */}}
 {{- define "tokenflow.config" -}}
-{{- $gpus := 0 -}}
-{{- range (include "tokenflow.workerGroups" . | fromYaml).groups -}}
-{{- $gpus = add $gpus (include "tokenflow.gpus" .) -}}
-{{- end -}}
+{{- $gpus := int (include "tokenflow.allGpus" .) -}}
 {{- $kv := include "tokenflow.bytes" (dict "value" .Values.kvStore.size "what" "kvStore.size") -}}
 {{- $kvstore := dict "host_kv_gib" 0 -}}
 {{- if ne $kv "0" -}}
