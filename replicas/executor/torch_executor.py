@@ -286,7 +286,10 @@ class TorchExecutor:
         # Position of every token: its sequence's start plus its place in the chunk.
         positions = np.arange(len(ids)) - np.repeat(ends + 1 - lengths - starts, lengths)
         last_blocks = (starts + lengths - 1) // block_size + 1
-        tables = np.zeros((len(packed), int(last_blocks.max())), np.int32)
+        # What a table lacks is read too, for nothing: never a block into which a copy is under way,
+        # since what comes may not be numbers (see `block_copies`).
+        spare = len(self._pool.data) - 1
+        tables = np.full((len(packed), int(last_blocks.max())), spare, np.int32)
         for row, s, n in zip(tables, packed, last_blocks.tolist(), strict=True):
             row[:n] = s.block_ids[:n]
         owner = np.repeat(np.arange(len(packed)), lengths)

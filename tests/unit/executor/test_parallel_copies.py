@@ -11,6 +11,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -21,12 +22,15 @@ from tests.support.one_node import Node
 from tests.support.tiny_models import make_checkpoint, reference
 from tests.unit.executor.test_parallel import prompts
 from tokenflow.kvstore.tables import SlotState
+from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.errors import KVStoreError
-from tokenflow.replicas.executor.base import CopyDone, KVLayout
+from tokenflow.replicas.executor.base import CopyDone, KVLayout, ScheduledSequence
 from tokenflow.replicas.executor.block_copies import Reports
+from tokenflow.replicas.executor.checkpoint import inspect_checkpoint
 from tokenflow.replicas.executor.parallel.copies import DividedCopies
 from tokenflow.replicas.executor.parallel.messages import Load, Offload, Step
-from tokenflow.replicas.factory import private_host_memory
+from tokenflow.replicas.factory import build_executor, private_host_memory
+from tokenflow.replicas.sampling.params import SamplingParams
 
 TOKENS = 24
 BLOCKS = 36
@@ -104,6 +108,25 @@ def test_what_is_no_number_in_the_part_of_another_rank_never_changes_a_text(node
     assert ask_all(engine) == expected
     assert engine.stats.corrupt_blocks > 0
     node.store.drop_cache()  # what nobody happened to load
+
+
+def test_a_step_reads_no_block_into_which_another_is_loaded():
+    spec = inspect_checkpoint("random:tiny", dtype="float32")
+    config = EngineConfig(cpu_threads=1, max_num_seqs=4)
+    executor = build_executor(spec, config, num_blocks=6)
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=1)
+
+    def share(slot, blocks, start, tokens):
+        table = np.array(blocks, np.int32)
+        return ScheduledSequence(slot, tokens, start, table, True, params, (1,), ())
+
+    executor.execute([share(0, [1, 2, 3], 0, [5] * 40), share(1, [4], 0, [6] * 3)])
+    step = [share(0, [1, 2, 3], 40, [7]), share(1, [4], 3, [8])]
+    expected = executor.execute(step)
+    for block in (0, 5):
+        executor._pool.data[block] = math.nan
+    assert executor.execute(step) == expected
+    executor.close()
 
 
 def test_steps_ahead_keep_the_order_of_steps_and_copies(node, expected):
