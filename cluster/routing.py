@@ -27,7 +27,7 @@ _HEADROOM_S = 0.2
 """Seconds that a full replica is worse than an empty one where the first token is as near."""
 _NOISE = 2.0
 """Measured speeds that differ by less than that factor are taken to be equal."""
-_CALM = 0.75
+_CALM = 0.85
 """Of the rates that can be promised, what can be kept although prompts come in at random: at more,
 somebody's text pauses now and then."""
 _NEAR_S = 0.005

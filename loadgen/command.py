@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,11 +92,11 @@ def _run(args: argparse.Namespace, console: Console | None = None) -> int:
         if isinstance(description.target, Simulated):
             session.simulate()
         else:
-            asyncio.run(session.run())
-    except KeyboardInterrupt:
+            asyncio.run(_until_terminated(session))
+    except (KeyboardInterrupt, asyncio.CancelledError):
         interrupted = True
         if not session.repeats:
-            raise
+            raise KeyboardInterrupt from None
     report = session.report(complete=not interrupted, command=command_line())
     console.print(whole(report))
     met = [] if interrupted else comparing.failures(conditions, report)
@@ -110,6 +111,21 @@ def _run(args: argparse.Namespace, console: Console | None = None) -> int:
         return EXIT_INTERRUPTED
     failed = any(row.error is not None for repeat in report.repeats for row in repeat.requests)
     return EXIT_FAILED if met or failed else 0
+
+
+async def _until_terminated(session: Session) -> None:
+    """Run it. SIGTERM cancels it, as asyncio's own handler of SIGINT does: an exception from a
+    handler could come up anywhere, and what is not this task might keep it."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(RuntimeError, ValueError):  # only a main thread may have handlers
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        await session.run()
+    finally:
+        if loop.remove_signal_handler(signal.SIGTERM):
+            signal.signal(signal.SIGTERM, before)
 
 
 # -- compare and report ---------------------------------------------------------------------------

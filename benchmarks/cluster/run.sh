@@ -12,7 +12,9 @@ run() {
     tokenflow simulate-cluster "$@" --json "$out/cluster-$name.json"
 }
 
-python "$here/cost.py" --settings flat,steps --repeats 3 --json "$out/cluster-cost.json"
+for setting in flat steps; do
+    python "$here/cost.py" --settings $setting --repeats 3 --json "$out/cluster-cost-$setting.json"
+done
 python "$here/router_cost.py" --json "$out/cluster-router-cost.json"
 python "$here/burst.py" --share 0.25 --json "$out/cluster-burst.json"
 python "$here/overload.py" --share 0.4 --json "$out/cluster-overload.json"

@@ -80,7 +80,7 @@ def test_readers_may_go_short_before_all_that_can_be_promised_is_asked_for():
     def short(rate: float) -> float:
         return outlook(view(rate=rate - ASK.rate, remaining_tokens=3000), ASK).short_s
 
-    calm = 0.75 * 0.92 * 1000.0
+    calm = 0.85 * 0.92 * 1000.0
     assert short(0.99 * calm) == 0.0
     # Twice as much: half of the three seconds of work.
     assert short(2.0 * calm) == pytest.approx(1.5)
