@@ -37,6 +37,7 @@ from tokenflow.replicas.factory import (
     free_memory_bytes,
     inspect_model,
     plan_blocks,
+    processes_of,
     resolve_device,
 )
 from tokenflow.replicas.loop import EngineLoop
@@ -77,16 +78,17 @@ class Replica:
             sharers=sharers,
         )
         self._store: Any = None
-        self._host, self._segment, memory = self._attach_store(config, spec, sharers)
+        self._host, self._segment = self._attach_store(config, spec, sharers)
         engine = build_engine(
             config.model.directory,
             config.engine,
             self._host,
-            host_memory=memory,
+            host_memory=self._segment,
             device=device,
             num_blocks=num_blocks,
             sharers=sharers,
         )
+        self._host.add_members(processes_of(engine.executor))
         self._max_model_len = engine.max_model_len
         self._vocab_size = spec.vocab_size
         self._engine = EngineLoop(engine, self._emit, self._on_death)
@@ -110,11 +112,11 @@ class Replica:
 
     def _attach_store(
         self, config: ClusterConfig, spec: Any, sharers: int
-    ) -> tuple[Any, Segment | None, Any]:
-        """This node's store: (host slots, mapped segment, its memory as a tensor)."""
+    ) -> tuple[HostSlots | NullHostSlots, Segment | None]:
+        """This node's store: (host slots, mapped segment)."""
         gib = config.kvstore.host_kv_gib
         if gib == 0:
-            return NullHostSlots(), None, None
+            return NullHostSlots(), None
         slot_bytes = spec.kv_layout(config.engine.block_size).block_bytes
         directory = config.kvstore.directory
         try:
@@ -135,11 +137,10 @@ class Replica:
                 raise
             # Nobody asked for host memory and there is none: preemption recomputes instead.
             logger.warning("serving without host KV: %s", error)
-            return NullHostSlots(), None, None
+            return NullHostSlots(), None
         self._store = store
         segment = Segment.attach(control.info.path, slot_bytes=slot_bytes)
-        slots = HostSlots(control, segment.tables(), control.info.owner_quota)
-        return slots, segment, segment.tensor()
+        return HostSlots(control, segment.tables(), control.info.owner_quota), segment
 
     # -- from the engine ------------------------------------------------------------------------
 

@@ -116,6 +116,14 @@ class HostSlots:
         if background:
             self._thread.start()
 
+    def add_members(self, pids: Sequence[int]) -> None:
+        """Name, once and before they copy, all processes that copy into this replica's slots
+        besides its own. Slots are not handed on while one of them lives."""
+        tables, row = self._tables, self._control.owner_index
+        for i, pid in enumerate(pids):
+            tables.member_started[row, i] = process.start_ticks(pid) or 0
+            tables.member_pid[row, i] = pid
+
     # -- the engine's side ----------------------------------------------------------------------
 
     @property
@@ -384,6 +392,9 @@ class NullHostSlots:
     """The host tier switched off: no slot, ever."""
 
     capacity = 0
+
+    def add_members(self, pids: Sequence[int]) -> None:
+        """Nobody copies."""
 
     def available(self) -> int:
         return 0

@@ -247,7 +247,7 @@ class NodeStore:
             self._check_open()
             known = self._owners.get(owner_id)
             if known and (known.pid, known.started) != (pid, started):
-                if process.is_alive(known.pid, known.started):
+                if _lives(self.tables, known.row):
                     raise KVStoreError(f"{owner_id} is already registered by process {known.pid}")
                 self._drop(owner_id)
                 known = None
@@ -257,6 +257,7 @@ class NodeStore:
                 tables.owner_id[row] = name
                 tables.owner_pid[row] = pid
                 tables.owner_started[row] = started
+                tables.member_pid[row] = 0
                 tables.owner_active[row] = 1
                 self._owners[owner_id] = _Owner(row, pid, started, self._clock())
         return self.info()
@@ -268,11 +269,11 @@ class NodeStore:
             self._drop(owner_id)
 
     def reap_dead_owners(self) -> int:
-        """Forget owners whose process is gone; returns the number of leased slots freed."""
+        """Forget owners whose processes are all gone; returns the number of leased slots freed."""
         freed = 0
         with self._lock:
             for owner_id, owner in list(self._owners.items()):
-                if process.is_alive(owner.pid, owner.started):
+                if _lives(self.tables, owner.row):
                     continue
                 slots = self._drop(owner_id)
                 freed += slots
@@ -410,10 +411,15 @@ def _has_store(tables: Tables) -> bool:
 
 
 def _has_owner(tables: Tables) -> bool:
-    return any(
-        process.is_alive(int(tables.owner_pid[row]), int(tables.owner_started[row]))
-        for row in np.flatnonzero(tables.owner_active)
-    )
+    return any(_lives(tables, row) for row in np.flatnonzero(tables.owner_active).tolist())
+
+
+def _lives(tables: Tables, row: int) -> bool:
+    """Whether a process of an owner is alive: each may have a copy under way into its slots."""
+    members = np.flatnonzero(tables.member_pid[row])
+    pids = [tables.owner_pid[row], *tables.member_pid[row, members]]
+    started = [tables.owner_started[row], *tables.member_started[row, members]]
+    return any(process.is_alive(int(p), int(s)) for p, s in zip(pids, started, strict=True))
 
 
 def _check_room(asked: int, available: int, earlier: int) -> None:

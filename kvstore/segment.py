@@ -35,7 +35,7 @@ FILE_PREFIX = "tokenflow-kv-"
 TABLES_OFFSET = 4096
 
 _MAGIC = b"TFKVSEG\0"
-_VERSION = 2
+_VERSION = 3
 _HEADER = struct.Struct("<IIQQQQQQ")  # follows the magic
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 _CREATE_ATTEMPTS = 10

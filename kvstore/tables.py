@@ -33,6 +33,8 @@ BoolArray = NDArray[np.bool_]
 KEY_BYTES = 16
 OWNER_ID_BYTES = 64
 MAX_PINS = 65535
+MAX_MEMBERS = 63
+"""Processes of an owner besides its first."""
 _ALIGN = 64
 """Columns begin on a cache line."""
 
@@ -56,8 +58,10 @@ class Tables:
     `request` u64 (hash of the id of the request that wrote the block, for people who look), `used`
     i64 (monotonic clock, ns), `position` u32 (index of the block in its sequence), `pins` u16
     [owners, N]. Over owners: `owner_id` (64 bytes), `owner_pid` i64, `owner_started` i64 (clock
-    ticks since boot), `owner_active` u8. `cells` i32 is the hash table of `index`. `store` i64 [3]
-    says which process is the store: pid, start ticks, and its `incarnation`.
+    ticks since boot), `owner_active` u8; `member_pid` and `member_started` i64 [owners, 63] name
+    further processes that copy into its slots, 0 where there is none: the owner writes them while
+    it is active, the store before. `cells` i32 is the hash table of `index`. `store` i64 [3] says
+    which process is the store: pid, start ticks, and its `incarnation`.
     """
 
     def __init__(self, buffer: Any, num_slots: int, max_owners: int, *, offset: int = 0) -> None:
@@ -88,6 +92,8 @@ class Tables:
         self.owner_pid: NDArray[np.int64] = views["owner_pid"]
         self.owner_started: NDArray[np.int64] = views["owner_started"]
         self.owner_active: NDArray[np.uint8] = views["owner_active"]
+        self.member_pid: NDArray[np.int64] = views["member_pid"]
+        self.member_started: NDArray[np.int64] = views["member_started"]
         self.store: NDArray[np.int64] = views["store"]
 
     @classmethod
@@ -137,6 +143,8 @@ def _columns(
         "owner_pid": ("<i8", owners),
         "owner_started": ("<i8", owners),
         "owner_active": ("u1", owners),
+        "member_pid": ("<i8", (max_owners, MAX_MEMBERS)),
+        "member_started": ("<i8", (max_owners, MAX_MEMBERS)),
         "state": ("u1", n),
         "owner": ("u1", n),
         "corrupt": ("u1", n),

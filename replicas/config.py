@@ -10,7 +10,6 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from tokenflow.replicas.errors import ConfigError
@@ -105,18 +104,8 @@ class EngineConfig(BaseModel):
         default=1,
         ge=1,
         le=64,
-        description="GPUs of one machine over which a replica divides the model; needs "
-        "offload: false.",
+        description="GPUs of one machine over which a replica divides the model.",
     )
-
-    @model_validator(mode="after")
-    def _divided_kv_stays_on_the_devices(self) -> EngineConfig:
-        if self.tensor_parallel > 1 and self.offload:
-            raise ValueError(
-                f"tensor_parallel: {self.tensor_parallel} needs engine.offload: false; KV that is "
-                "divided over devices cannot be copied to the host"
-            )
-        return self
 
     @field_validator("policy")
     @classmethod

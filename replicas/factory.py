@@ -6,9 +6,12 @@ import contextlib
 import logging
 import mmap
 import os
+import uuid
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenflow.kvstore.segment import Segment
 from tokenflow.kvstore.sizing import available_memory_bytes
 from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
@@ -152,15 +155,19 @@ def cpu_threads(config: EngineConfig, sharers: int) -> int:
     return config.cpu_threads or max(1, (len(os.sched_getaffinity(0)) - 1) // sharers)
 
 
-def private_host_memory(slots: int, layout: KVLayout) -> Any:
-    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`.
+def private_host_memory(slots: int, layout: KVLayout, ranks: int = 1) -> Any:
+    """Host memory for KV without a node store: a uint8 tensor `[slots, block_bytes]`; for several
+    ranks, which are processes, a Segment whose file goes when the object does (None for no slots).
 
     Written to at once, because the first touch of a page is dearer than a copy; of large pages,
     where the kernel has them, which take less time to touch and to lock. The executor locks them:
-    torch's own allocator of page-locked memory would round up to a power of two.
+    torch's own allocator of page-locked memory would round up to a power of two. Raises
+    KVStoreError when a segment does not fit.
     """
     import torch
 
+    if ranks > 1:
+        return _private_segment(slots, layout) if slots else None
     size = slots * layout.block_bytes
     if size == 0:
         return torch.empty((0, layout.block_bytes), dtype=torch.uint8)
@@ -169,6 +176,13 @@ def private_host_memory(slots: int, layout: KVLayout) -> Any:
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(memoryview(pages), dtype=torch.uint8).zero_()
     return memory.view(slots, layout.block_bytes)
+
+
+def _private_segment(slots: int, layout: KVLayout) -> Segment:
+    name = f"private-{uuid.uuid4().hex}"
+    segment = Segment.create(name, slot_bytes=layout.block_bytes, num_slots=slots, epoch=0)
+    weakref.finalize(segment, Path(segment.path).unlink, missing_ok=True)
+    return segment
 
 
 def build_executor(
@@ -180,9 +194,10 @@ def build_executor(
     num_blocks: int,
     sharers: int = 1,
 ) -> Executor:
-    """Load the model. `host_memory` is the node's segment as a uint8 tensor `[slots, block_bytes]`,
-    or None. Unless `engine.kv_tokens` says how much KV a GPU holds it is measured, and `num_blocks`
-    not used; but not where several share a model. Raises CheckpointError or ConfigError."""
+    """Load the model. `host_memory` is the node's Segment, None, or for one rank any uint8 tensor
+    `[slots, block_bytes]`. Unless `engine.kv_tokens` says how much KV a GPU holds it is measured,
+    and `num_blocks` not used; but not where several share a model. Raises CheckpointError,
+    ConfigError or KVStoreError."""
     from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
     from tokenflow.replicas.executor.torch_executor import TorchExecutor
 
@@ -198,9 +213,18 @@ def build_executor(
         "decode_graphs": config.decode_graphs,
     }
     if ranks > 1:
-        return ParallelExecutor(spec, ranks, **options)
+        return ParallelExecutor(spec, ranks, host=host_memory, **options)
+    if isinstance(host_memory, Segment):
+        host_memory = host_memory.tensor()
     budget = _memory_budget(spec, config, device, sharers)
     return TorchExecutor(spec, host_memory=host_memory, memory=budget, **options)
+
+
+def processes_of(executor: Executor) -> list[int]:
+    """Pids of the processes besides this one that copy into host memory for it."""
+    from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
+
+    return executor.processes if isinstance(executor, ParallelExecutor) else []
 
 
 def build_engine(

@@ -125,7 +125,9 @@ class Run:
         layout = spec.kv_layout(config.block_size)
         memory = None
         if host_tokens:
-            memory = private_host_memory(host_tokens // config.block_size, layout)
+            memory = private_host_memory(
+                host_tokens // config.block_size, layout, config.tensor_parallel
+            )
         executor = build_executor(
             spec,
             config,

@@ -80,7 +80,7 @@ class EngineTarget:
             self._directory,
             self._config,
             SimHost(self._host_slots),
-            host_memory=private_host_memory(self._host_slots, layout),
+            host_memory=private_host_memory(self._host_slots, layout, self._config.tensor_parallel),
             device=device,
             num_blocks=blocks,
         )

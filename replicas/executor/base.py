@@ -23,7 +23,8 @@ UNKNOWN = -1
 class KVLayout:
     """Shape of one block of KV: `[layers, 2, kv_heads, block_size, head_dim]`, contiguous.
 
-    Blocks are block-major on both sides, so that one block is one contiguous copy.
+    Blocks are block-major on both sides, so that one block is one contiguous copy. Divided over
+    ranks, a block on the host is `[ranks, layers, 2, kv_heads / ranks, block_size, head_dim]`.
     """
 
     layers: int
@@ -32,6 +33,8 @@ class KVLayout:
     head_dim: int
     dtype: str
     """torch dtype name, e.g. "float32", "bfloat16"."""
+    ranks: int = 1
+    """Devices over which the heads are divided."""
 
     @property
     def itemsize(self) -> int:

@@ -4,13 +4,14 @@ Both sides are uint8 `[blocks, block_bytes]`: one block is one contiguous copy, 
 in one. On a CPU one worker thread copies, or the caller if it is little; on a GPU two side streams
 do, one per direction, and a thread each waits for them. What went to the host is reported as soon
 as it is there; its checksums are computed when nothing waits to be copied, and reported after it.
+
+A rank of a divided model (parallel/) copies its part of every slot, and computes no checksums of
+what it writes: they are of whole slots.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import logging
 import queue
 import threading
 import time
@@ -19,14 +20,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-import xxhash
 
-from tokenflow.replicas.errors import KVStoreError
 from tokenflow.replicas.executor.base import CopyDone
-
-logger = logging.getLogger("tokenflow.engine")
+from tokenflow.replicas.executor.host_memory import HostMemory, pin, unpin
+from tokenflow.replicas.executor.parallel.sharding import Shard
 
 Pairs = Seq[tuple[int, int]]
 
@@ -61,7 +59,16 @@ def runs(pairs: Pairs) -> Iterator[tuple[int, int, int]]:
         yield (*pairs[first], length)
 
 
-class _Reports:
+def _pieces(
+    source: torch.Tensor, target: torch.Tensor, pairs: Pairs
+) -> Iterator[tuple[int, int, int]]:
+    """As `runs`; block by block where those of one side do not lie end to end."""
+    if source.is_contiguous() and target.is_contiguous():
+        return runs(pairs)
+    return ((first, to, 1) for first, to in pairs)
+
+
+class Reports:
     """Finished jobs, from the threads that see them end to the engine."""
 
     def __init__(self) -> None:
@@ -81,32 +88,6 @@ class _Reports:
             return done
 
 
-class _HostMemory:
-    """The host side. Raises KVStoreError on use when there is none."""
-
-    def __init__(self, host: torch.Tensor | None) -> None:
-        self._host = host
-        self._bytes: np.ndarray | None = None if host is None else host.numpy()
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        if self._host is None:
-            raise KVStoreError("this executor has no host memory to copy to")
-        return self._host
-
-    def checksums(self, slots: Seq[int]) -> tuple[int, ...]:
-        assert self._bytes is not None
-        return tuple(xxhash.xxh3_64_intdigest(self._bytes[slot]) for slot in slots)
-
-    def corrupt(self, slots: Seq[int], expected: Seq[int | None]) -> tuple[int, ...]:
-        """Places in the job whose bytes are not what they were."""
-        checked = [i for i, checksum in enumerate(expected) if checksum is not None]
-        found = self.checksums([slots[i] for i in checked])
-        return tuple(
-            i for i, checksum in zip(checked, found, strict=True) if checksum != expected[i]
-        )
-
-
 _MOST_UNSUMMED = 256
 """Jobs whose checksums may be put off; their slots cannot be shared until then."""
 
@@ -116,9 +97,10 @@ class _Worker:
     block at a time: a copy that ends meanwhile is not reported much later for it."""
 
     def __init__(
-        self, memory: _HostMemory, reports: _Reports, end: Callable[[Any], CopyDone]
+        self, memory: HostMemory, reports: Reports, end: Callable[[Any], CopyDone]
     ) -> None:
         """`end` waits for a job, or does it, and says what came of it."""
+        self._given = self._ended = 0  # each has one thread that counts
         self._memory = memory
         self._reports = reports
         self._end = end
@@ -129,7 +111,13 @@ class _Worker:
         self._thread.start()
 
     def put(self, job: _Job) -> None:
+        self._given += 1
         self._todo.put(job)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the end of a job is still to be reported; for the thread that gives them."""
+        return self._given > self._ended
 
     def _run(self) -> None:
         while True:
@@ -142,6 +130,7 @@ class _Worker:
                 return
             done = self._end(job)
             self._reports.put(done)
+            self._ended += 1
             if done.checksums is None:
                 self._unsummed.append((job, []))
             while len(self._unsummed) > _MOST_UNSUMMED:
@@ -172,6 +161,13 @@ class _Job(Protocol):
 _INLINE_BYTES = 1 << 20
 
 
+def _clear(target: torch.Tensor, pairs: Pairs, places: Seq[int]) -> None:
+    """Of the device blocks that were loaded, those in which is no KV: it may be no number either,
+    and what an attention masks counts 0 times, which is not 0 of a NaN."""
+    for place in places:
+        target[pairs[place][1]].zero_()
+
+
 class CopyThread:
     """One worker thread, first in first out, so that a load sees the offload before it.
 
@@ -179,14 +175,19 @@ class CopyThread:
     thread, and to hand the GIL over and back for every block, takes the step longer than that.
     """
 
-    def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        device: torch.Tensor,
+        host: torch.Tensor | None,
+        shard: Shard | None = None,
+        reports: Reports | None = None,
+    ) -> None:
+        """`reports`: where finished jobs go, if not to `poll`. Raises as HostMemory."""
         self._device = device
-        self._memory = _HostMemory(host)
-        self._reports = _Reports()
+        self._memory = HostMemory(host, shard, device.shape[1])
+        self._reports = reports or Reports()
         self._worker = _Worker(self._memory, self._reports, self._copy)
         self._last = 0
-        self._given: set[int] = set()
-        """Jobs that the worker has not reported."""
 
     def to_host(self, pairs: Pairs) -> int:
         return self._put(self._device, self._memory.tensor, pairs, None)
@@ -203,13 +204,12 @@ class CopyThread:
     ) -> int:
         self._last += 1
         job = _CpuJob(self._last, list(pairs), source, target, expected)
-        if not self._given and len(pairs) * source.shape[1] <= _INLINE_BYTES:
+        if not self._worker.busy and len(pairs) * source.shape[1] <= _INLINE_BYTES:
             done = self._copy(job)
             if done.checksums is None:
                 done = done._replace(checksums=self._memory.checksums([s for _, s in job.pairs]))
             self._reports.put(done)
         else:
-            self._given.add(job.job_id)
             self._worker.put(job)
         return self._last
 
@@ -221,14 +221,14 @@ class CopyThread:
             seconds = time.perf_counter() - begun
             if job.expected is not None:
                 corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
+                _clear(job.target, job.pairs, corrupt)
         except Exception as failure:  # reported, and the next job still runs
             return CopyDone(job.job_id, failure, 0.0)
-        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
+        sums = self._memory.to_come(job.expected)
+        return CopyDone(job.job_id, None, seconds, sums, corrupt)
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
-        reports = self._reports.poll(timeout_s)
-        self._given.difference_update(done.job_id for done in reports)
-        return reports
+        return self._reports.poll(timeout_s)
 
     def close(self) -> None:
         self._worker.close()
@@ -248,11 +248,12 @@ def _copy(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
     size, and they are busy with the forward pass. Raises IndexError for a block that is not there.
     """
     (sources, size), targets = source.shape, target.shape[0]
+    from_step, to_step = source.stride(0), target.stride(0)
     from_address, to_address, memmove = source.data_ptr(), target.data_ptr(), ctypes.memmove
-    for first, to, blocks in runs(pairs):
+    for first, to, blocks in _pieces(source, target, pairs):
         if first < 0 or to < 0 or first + blocks > sources or to + blocks > targets:
             raise IndexError(f"no copy of {blocks} from {first} of {sources} to {to} of {targets}")
-        memmove(to_address + to * size, from_address + first * size, blocks * size)
+        memmove(to_address + to * to_step, from_address + first * from_step, blocks * size)
 
 
 class CudaCopies:
@@ -262,11 +263,19 @@ class CudaCopies:
     back: who loads a slot has had the report of the copy that filled it (`Executor.offload`).
     """
 
-    def __init__(self, device: torch.Tensor, host: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        device: torch.Tensor,
+        host: torch.Tensor | None,
+        shard: Shard | None = None,
+        reports: Reports | None = None,
+    ) -> None:
+        """As of CopyThread."""
         self._device = device
-        self._memory = _HostMemory(host)
-        self._pinned = None if host is None else _pin(host)
-        self._reports = _Reports()
+        self._memory = HostMemory(host, shard, device.shape[1])
+        # A rank's parts share pages with those of others, so each locks all of them.
+        self._pinned = None if host is None else pin(host)
+        self._reports = reports or Reports()
         self._last = 0
         self._out = _Direction(device.device, self._memory, self._reports)
         self._in = _Direction(device.device, self._memory, self._reports)
@@ -290,11 +299,11 @@ class CudaCopies:
         begun, ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         with torch.cuda.stream(way.stream):
             begun.record(way.stream)
-            for first, to, blocks in runs(pairs):
+            for first, to, blocks in _pieces(source, target, pairs):
                 target[to : to + blocks].copy_(source[first : first + blocks], non_blocking=True)
             ended.record(way.stream)
         self._last += 1
-        way.worker.put(_CudaJob(self._last, list(pairs), begun, ended, expected))
+        way.worker.put(_CudaJob(self._last, list(pairs), target, begun, ended, expected))
         return self._last
 
     def poll(self, timeout_s: float) -> list[CopyDone]:
@@ -304,12 +313,13 @@ class CudaCopies:
         self._out.worker.close()
         self._in.worker.close()
         if self._pinned is not None:
-            _unpin(self._pinned)
+            unpin(self._pinned)
 
 
 class _CudaJob(NamedTuple):
     job_id: int
     pairs: list[tuple[int, int]]
+    target: torch.Tensor
     begun: Any
     ended: Any
     """Events with timing."""
@@ -320,7 +330,7 @@ class _CudaJob(NamedTuple):
 class _Direction:
     """A stream, and the thread that waits for what was put on it."""
 
-    def __init__(self, device: torch.device, memory: _HostMemory, reports: _Reports) -> None:
+    def __init__(self, device: torch.device, memory: HostMemory, reports: Reports) -> None:
         self.stream: Any = torch.cuda.Stream(device)
         self.worker = _Worker(memory, reports, self._wait)
         self._memory = memory
@@ -331,47 +341,15 @@ class _Direction:
             if job.expected is not None:
                 # Beside the copy, which only reads the same bytes.
                 corrupt = self._memory.corrupt([slot for slot, _ in job.pairs], job.expected)
-            job.ended.synchronize()
-            seconds = job.begun.elapsed_time(job.ended) / 1e3
+            # A thread begins on the first device, where another's rank must make no context.
+            with torch.cuda.device(self.stream.device):
+                job.ended.synchronize()
+                seconds = job.begun.elapsed_time(job.ended) / 1e3
+                if corrupt:
+                    with torch.cuda.stream(self.stream):
+                        _clear(job.target, job.pairs, corrupt)
+                    self.stream.synchronize()
         except Exception as failure:  # reported, and the next job is still waited for
             return CopyDone(job.job_id, failure, 0.0)
-        return CopyDone(job.job_id, None, seconds, None if job.expected is None else (), corrupt)
-
-
-def _pin(host: torch.Tensor) -> torch.Tensor | None:
-    """Page-lock the host memory in place, so that the copy engines reach it at full speed.
-
-    None when it is pinned already or cannot be: copies then work, at a fraction of the rate.
-    """
-    if host.is_pinned():
-        return None
-    size = host.numel() * host.element_size()
-    begun = time.perf_counter()
-    error = _code(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))  # type: ignore[attr-defined]
-    if error != 0:
-        logger.warning(
-            "cannot page-lock %.1f GiB of host KV (CUDA error %d): copies will be slow and hold up "
-            "the engine; raise the locked-memory limit (ulimit -l, in a container --ulimit "
-            "memlock=-1)",
-            size / 2**30,
-            error,
-        )
-        # CUDA keeps the error for whoever asks next, which is the next kernel's launch.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda").add_(1)
-        return None
-    logger.info(
-        "page-locked %.1f GiB of host KV in %.1f s", size / 2**30, time.perf_counter() - begun
-    )
-    return host
-
-
-def _unpin(host: torch.Tensor) -> None:
-    error = _code(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))  # type: ignore[attr-defined]
-    if error != 0:
-        logger.warning("cannot unlock the host KV's pages (CUDA error %d)", error)
-
-
-def _code(error: Any) -> int:
-    """The number of a `cudaError`, whichever kind of enumeration torch makes it."""
-    return int(getattr(error, "value", error))
+        sums = self._memory.to_come(job.expected)
+        return CopyDone(job.job_id, None, seconds, sums, corrupt)

@@ -21,7 +21,7 @@ from tokenflow.replicas.executor.base import (
     StepResult,
     TokenLogprobs,
 )
-from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies
+from tokenflow.replicas.executor.block_copies import Copies, CopyThread, CudaCopies, Reports
 from tokenflow.replicas.executor.checkpoint import ModelSpec
 from tokenflow.replicas.executor.device import has_triton
 from tokenflow.replicas.executor.fusion import fuse_model
@@ -88,15 +88,18 @@ class TorchExecutor:
         decode_graphs: bool | None = None,
         memory: MemoryBudget | None = None,
         shard: Shard | None = None,
+        reports: Reports | None = None,
     ) -> None:
         """Load the model and allocate the pool; of both a rank's part with `shard`, whose process
         group must be there.
 
-        `host_memory` is uint8 `[slots, block_bytes]`, the node's shared segment. `num_threads` sets
-        torch's threads for this process. `decode_graphs` None: where the device has graphs and the
-        backend does not read all of a table whatever is in it. With `memory` as many blocks are
-        made as fit it, by measurement, instead of `num_blocks`. Raises CheckpointError, and
-        ConfigError for a backend that cannot run here.
+        `host_memory` is uint8 `[slots, slot_bytes]`, the node's shared segment; a slot is a block,
+        or the parts that all ranks have of one. Finished copies go to `reports`, if not to
+        `poll_transfers`. `num_threads` sets torch's threads for this process. `decode_graphs` None:
+        where the device has graphs and the backend does not read all of a table whatever is in it.
+        With `memory` as many blocks are made as fit it, by measurement, instead of `num_blocks`.
+        Raises CheckpointError, KVStoreError for host memory of another layout, and ConfigError for
+        a backend that cannot run here.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -138,9 +141,9 @@ class TorchExecutor:
         blocks = self._pool.bytes_view(num_blocks)
         self._copies: Copies
         if cuda:
-            self._copies = CudaCopies(blocks, host_memory)
+            self._copies = CudaCopies(blocks, host_memory, shard, reports)
         else:
-            self._copies = CopyThread(blocks, host_memory)
+            self._copies = CopyThread(blocks, host_memory, shard, reports)
 
     def _use_device(self) -> None:
         """What a thread launches by Triton goes to its current device, whatever the tensors are on;
@@ -283,7 +286,10 @@ class TorchExecutor:
         # Position of every token: its sequence's start plus its place in the chunk.
         positions = np.arange(len(ids)) - np.repeat(ends + 1 - lengths - starts, lengths)
         last_blocks = (starts + lengths - 1) // block_size + 1
-        tables = np.zeros((len(packed), int(last_blocks.max())), np.int32)
+        # What a table lacks is read too, for nothing: never a block into which a copy is under way,
+        # since what comes may not be numbers (see `block_copies`).
+        spare = len(self._pool.data) - 1
+        tables = np.full((len(packed), int(last_blocks.max())), spare, np.int32)
         for row, s, n in zip(tables, packed, last_blocks.tolist(), strict=True):
             row[:n] = s.block_ids[:n]
         owner = np.repeat(np.arange(len(packed)), lengths)
@@ -304,6 +310,10 @@ class TorchExecutor:
 
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
         return self._copies.to_device(pairs, expected)
+
+    def clear(self, block_ids: Seq[int]) -> None:
+        """Zero blocks, after all that was launched before."""
+        self._pool.data.index_fill_(0, torch.tensor(block_ids, device=self._device), 0)
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
         return self._copies.poll(timeout_s)

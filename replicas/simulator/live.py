@@ -49,7 +49,7 @@ class Bench:
         memory_bytes = free_memory_bytes(self.device, config.tensor_parallel)
         blocks = plan_blocks(self.spec, config, available_bytes=memory_bytes)
         self.host_slots = host_kv_tokens // config.block_size
-        memory = private_host_memory(self.host_slots, self.layout)
+        memory = private_host_memory(self.host_slots, self.layout, config.tensor_parallel)
         self.executor = RecordingExecutor(
             build_executor(
                 self.spec, config, host_memory=memory, device=self.device, num_blocks=blocks

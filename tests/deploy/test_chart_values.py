@@ -189,7 +189,7 @@ def arguments(values: dict[str, Any]) -> dict[str, Any]:
 def test_a_replica_has_a_gpu_where_there_are_any_else_a_cpu():
     assert arguments({})["replicas"] == {"gpus_each": 1}
     group = {"name": "a", "resources": {"limits": {"memory": "40Gi", "nvidia.com/gpu": "2"}}}
-    engine = {"tensor_parallel": 2, "offload": False}
+    engine = {"tensor_parallel": 2}
     divided = arguments({"workerGroups": [group], "config": {"engine": engine}})
     assert divided["replicas"] == {"gpus_each": 2}
     values = read(EXAMPLES / "kind-cpu.yaml")

@@ -1,52 +1,58 @@
 """The executor of a model divided over several devices of one machine.
 
 The first rank runs here, on the engine's thread; each other one in a process of its own
-(worker.py), which is sent every batch and runs the same step on its part of the weights and of the
-KV. Their only other meeting is inside the forward pass (sharding.py). So the engine, its policies
-and its block tables know one device.
+(worker.py), which is sent every batch and every copy, in their order, and does the same on its part
+of the weights, of the KV and of the host's slots. Their only other meeting is inside the forward
+pass (sharding.py). So the engine, its policies and its block tables know one device.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from tokenflow.replicas.errors import CheckpointError, KVStoreError, StepMemoryError, TokenFlowError
+from tokenflow.kvstore.segment import Segment
+from tokenflow.replicas.errors import StepMemoryError
 from tokenflow.replicas.executor.base import (
     CopyDone,
     PendingStep,
     ScheduledSequence,
     StepResult,
 )
+from tokenflow.replicas.executor.block_copies import Reports
 from tokenflow.replicas.executor.checkpoint import ModelSpec
-from tokenflow.replicas.executor.parallel import worker
+from tokenflow.replicas.executor.parallel.copies import DividedCopies
+from tokenflow.replicas.executor.parallel.messages import (
+    ANSWER_TIMEOUT,
+    Clear,
+    Command,
+    Load,
+    Offload,
+    RankSettings,
+    Step,
+)
+from tokenflow.replicas.executor.parallel.process import RankLostError, RankProcess
 from tokenflow.replicas.executor.parallel.sharding import Shard
-from tokenflow.replicas.executor.parallel.worker import RankSettings, join_group, make_executor
+from tokenflow.replicas.executor.parallel.worker import join_group, make_executor
 
 _EXIT_S = 5.0
-
-
-class RankLostError(TokenFlowError):
-    """A process of a tensor-parallel model has ended; the engine cannot go on."""
+"""Longest wait for the other ranks to end."""
 
 
 class ParallelExecutor:
     """See `Executor`. There can be one at a time in a process.
 
-    KV is not copied to the host: `offload` and `load` raise KVStoreError.
+    Every method but `close` may raise RankLostError, when another rank has ended or does not answer
+    for ANSWER_TIMEOUT.
     """
 
     def __init__(
@@ -57,33 +63,39 @@ class ParallelExecutor:
         num_blocks: int,
         block_size: int,
         device: str = "cpu",
+        host: Segment | None = None,
         **options: Any,
     ) -> None:
         """Start the other ranks and load the model on all; on `ranks` GPUs from the first on, or
-        `ranks` times on the CPU. `options` as of TorchExecutor, for each rank.
+        `ranks` times on the CPU. `host` has slots of whole blocks; its file must be there until
+        this returns. `options` as of TorchExecutor, for each rank.
 
-        Raises CheckpointError or RankLostError.
+        Raises CheckpointError, KVStoreError or RankLostError.
         """
-        self.layout = spec.kv_layout(block_size)
+        self.layout = replace(spec.kv_layout(block_size), ranks=ranks)
         self.num_blocks = num_blocks
         self.vocab_size = spec.vocab_size
-        self._workers: list[_Worker] = []
+        self._workers: list[RankProcess] = []
+        reports = Reports()
+        memory = None if host is None else host.tensor()
+        self._copies = DividedCopies(ranks, memory, reports)
         self._folder = tempfile.TemporaryDirectory(prefix="tokenflow-ranks-")
         first = RankSettings(
             spec,
             Shard(0, ranks),
             str(Path(self._folder.name) / "store"),
             _rank_device(device, 0),
+            None if host is None else host.path,
             {"num_blocks": num_blocks, "block_size": block_size, **options},
         )
         try:
             for rank in range(1, ranks):
-                self._workers.append(_Worker(rank))
+                self._workers.append(RankProcess(rank, reports))
                 self._workers[-1].send(
                     replace(first, shard=Shard(rank, ranks), device=_rank_device(device, rank))
                 )
             join_group(first)
-            self._own = make_executor(first)
+            self._own = make_executor(first, host, reports)
             for other in self._workers:
                 other.wait_until_loaded()
         except BaseException as error:
@@ -98,24 +110,31 @@ class ParallelExecutor:
     def overlaps(self) -> bool:
         return self._own.overlaps
 
+    @property
+    def processes(self) -> list[int]:
+        """Pids of the other ranks, which copy into the host's slots as this process does."""
+        return [other.pid for other in self._workers]
+
     def execute(self, batch: Seq[ScheduledSequence]) -> StepResult:
-        """Raises RankLostError when another rank has ended, or this one has no memory for the step:
-        the others are in the midst of it then."""
-        self._send(batch, ahead=False)
+        """Raises RankLostError also when this rank has no memory for the step: the others are in
+        the midst of it then."""
+        self._tell(Step(False, self._abridged(batch)))
         with self._together():
             return self._own.execute(batch)
 
     def launch(self, batch: Seq[ScheduledSequence]) -> PendingStep:
         """Raises as `execute`."""
-        self._send(batch, ahead=True)
+        self._tell(Step(True, self._abridged(batch)))
         with self._together():
             return self._own.launch(batch)
 
-    def _send(self, batch: Seq[ScheduledSequence], *, ahead: bool) -> None:
-        abridged = [_abridged(s, self.layout.block_size) for s in batch]
-        message = pickle.dumps((ahead, abridged), 5)
+    def _tell(self, command: Command) -> None:
+        message = pickle.dumps(command, 5)
         for other in self._workers:
             other.send_bytes(message)
+
+    def _abridged(self, batch: Seq[ScheduledSequence]) -> list[ScheduledSequence]:
+        return [_abridged(s, self.layout.block_size) for s in batch]
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -130,13 +149,30 @@ class ParallelExecutor:
             raise
 
     def offload(self, pairs: Seq[tuple[int, int]]) -> int:
-        raise KVStoreError("KV that is divided over devices cannot be copied to the host")
+        # Steps and copies reach each rank in this order, so what a step may overwrite here it may
+        # overwrite there: the job is reported when no rank reads the blocks any more.
+        job_id = self._own.offload(pairs)
+        self._tell(Offload(list(pairs)))
+        self._copies.begin(job_id, pairs, to_host=True)
+        return job_id
 
     def load(self, pairs: Seq[tuple[int, int]], expected: Seq[int | None] = ()) -> int:
-        raise KVStoreError("KV that is divided over devices cannot be loaded from the host")
+        job_id = self._own.load(pairs, expected)
+        self._tell(Load(list(pairs)))
+        self._copies.begin(job_id, pairs, to_host=False)
+        return job_id
 
     def poll_transfers(self, timeout_s: float = 0.0) -> list[CopyDone]:
-        return []
+        done = self._copies.poll(timeout_s)
+        if corrupt := self._copies.take_corrupt():
+            self._tell(Clear(corrupt))
+        for other in self._workers:
+            other.raise_if_lost(0.0)
+        if self._copies.oldest_s > ANSWER_TIMEOUT.total_seconds():
+            raise RankLostError(
+                f"a rank of the tensor-parallel model has not ended a copy for {ANSWER_TIMEOUT}"
+            )
+        return done
 
     def close(self) -> None:
         self._own.close()
@@ -148,7 +184,11 @@ class ParallelExecutor:
 
     def _end(self) -> None:
         for other in self._workers:
-            other.close()
+            other.hang_up()
+        until_s = time.monotonic() + _EXIT_S
+        for other in self._workers:
+            other.close(until_s)
+        self._copies.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._folder.cleanup()
@@ -165,57 +205,3 @@ def _abridged(s: ScheduledSequence, block_size: int) -> ScheduledSequence:
     if not s.params.penalizes:
         prompt_ids, output_ids = (), range(len(output_ids))
     return replace(s, block_ids=s.block_ids[:blocks], prompt_ids=prompt_ids, output_ids=output_ids)
-
-
-class _Worker:
-    """The process of another rank, and the socket to it."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        own, other = socket.socketpair()
-        with other:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(other.fileno())],
-                pass_fds=[other.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._pipe = Connection(own.detach())
-
-    def send(self, settings: RankSettings) -> None:
-        self._pipe.send(settings)
-
-    def send_bytes(self, message: bytes) -> None:
-        """Raises RankLostError when nobody is there to take it."""
-        try:
-            self._pipe.send_bytes(message)
-        except OSError:
-            self.raise_if_lost()
-            raise
-
-    def wait_until_loaded(self) -> None:
-        """Raises CheckpointError with what went wrong there."""
-        try:
-            problem = self._pipe.recv()
-        except (EOFError, OSError):
-            problem = "its process ended"
-        if problem is not None:
-            raise CheckpointError(f"the model cannot be loaded on rank {self._rank}: {problem}")
-
-    def raise_if_lost(self) -> None:
-        """Raises RankLostError when the process has ended, or is about to."""
-        if not self._pipe.poll(1.0):
-            return
-        try:
-            problem = self._pipe.recv()
-        except (EOFError, OSError):
-            problem = "its process ended"
-        raise RankLostError(f"rank {self._rank} of the tensor-parallel model failed: {problem}")
-
-    def close(self) -> None:
-        """End the process; one that waits for other ranks is killed."""
-        self._pipe.close()
-        try:
-            self._process.wait(_EXIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()

@@ -8,8 +8,9 @@ import torch
 import xxhash
 
 from tokenflow.replicas.errors import KVStoreError
-from tokenflow.replicas.executor import block_copies
-from tokenflow.replicas.executor.block_copies import CopyThread, runs
+from tokenflow.replicas.executor import block_copies, host_memory
+from tokenflow.replicas.executor.block_copies import CopyThread, Reports, runs
+from tokenflow.replicas.executor.parallel.sharding import Shard
 
 SIZE = 4096
 
@@ -132,11 +133,48 @@ def test_a_small_job_is_done_at_once_unless_others_wait(memory):
     host[3, 0] ^= 1
     copies.to_device([(2, 5), (3, 6)], done.checksums)
     assert [d.corrupt for d in copies.poll(0.0)] == [(1,)]
+    assert torch.equal(device[5], host[2])
+    assert not device[6].any()
     large = copies.to_host([(i % 40, i % 40) for i in range(300)])
     small = copies.to_host([(0, 1)])
     done = wait(copies, 4)
     assert [d.job_id for d in done if d.checksums is None] == [large, small]
     copies.close()
+
+
+@pytest.mark.parametrize("inline_bytes", [-1, block_copies._INLINE_BYTES])
+def test_each_rank_copies_its_part_of_a_slot(inline_bytes, monkeypatch):
+    monkeypatch.setattr(block_copies, "_INLINE_BYTES", inline_bytes)
+    generator = torch.Generator().manual_seed(4)
+    devices = torch.randint(1, 256, (3, 8, SIZE), generator=generator, dtype=torch.uint8)
+    before = devices.clone()
+    host = torch.zeros(8, 3 * SIZE, dtype=torch.uint8)
+    reports = Reports()
+    ranks = [CopyThread(devices[rank], host, Shard(rank, 3), reports) for rank in range(3)]
+    assert [rank.to_host([(1, 5), (2, 6), (7, 0)]) for rank in ranks] == [1, 1, 1]
+    # Of whole slots nobody here knows when they are filled.
+    assert [d.checksums for d in wait(ranks[0], 3)] == [(), (), ()]
+    for block, slot in ((1, 5), (2, 6), (7, 0)):
+        assert torch.equal(host[slot], before[:, block].flatten())
+    assert not host[[1, 2, 3, 4, 7]].any()
+    sums = [xxhash.xxh3_64_intdigest(host[slot].numpy()) for slot in (5, 6)]
+    host[6, -1] ^= 1
+    for rank in ranks:
+        rank.to_device([(5, 0), (6, 3)], sums if rank is ranks[0] else ())
+    assert sorted(d.corrupt for d in wait(ranks[1], 3)) == [(), (), (1,)]
+    assert torch.equal(devices[:, 0], before[:, 1])
+    assert not devices[0, 3].any()
+    assert devices[1, 3].any() and devices[2, 3].any()  # their ranks are told by the first one
+    untouched = [1, 2, 4, 5, 6, 7]
+    assert torch.equal(devices[:, untouched], before[:, untouched])
+    for rank in ranks:
+        rank.close()
+
+
+def test_slots_without_room_for_all_parts_are_refused(memory):
+    device, host = memory
+    with pytest.raises(KVStoreError, match="do not hold the 4096 bytes that each of 2 ranks has"):
+        CopyThread(device, host, Shard(1, 2))
 
 
 class PyBindError(NamedTuple):
@@ -167,9 +205,9 @@ def test_memory_that_cannot_be_page_locked_is_said_and_used(monkeypatch, caplog,
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart)
     monkeypatch.setattr(torch, "zeros", refused)
     host = torch.empty(4, SIZE, dtype=torch.uint8)
-    assert block_copies._pin(host) is host
-    block_copies._unpin(host)
+    assert host_memory.pin(host) is host
+    host_memory.unpin(host)
     assert asked == [(host.data_ptr(), 4 * SIZE, 0), host.data_ptr()]
     assert not caplog.records
-    assert block_copies._pin(host) is None
+    assert host_memory.pin(host) is None
     assert "CUDA error 2" in caplog.text and "memlock" in caplog.text

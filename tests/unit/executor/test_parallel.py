@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from tests.support.chaos import Chaos
 from tests.support.engines import answers, make_request
 from tests.support.fake_executor import FakeHost
 from tests.support.tiny_models import make_checkpoint, make_tokenizer, reference
@@ -15,9 +16,16 @@ from tokenflow.replicas.config import EngineConfig
 from tokenflow.replicas.engine import Engine
 from tokenflow.replicas.errors import CheckpointError, ConfigError
 from tokenflow.replicas.executor.checkpoint import inspect_checkpoint
-from tokenflow.replicas.executor.parallel.executor import ParallelExecutor, RankLostError
+from tokenflow.replicas.executor.parallel.executor import ParallelExecutor
+from tokenflow.replicas.executor.parallel.process import RankLostError
 from tokenflow.replicas.executor.parallel.sharding import Shard
-from tokenflow.replicas.factory import build_engine, build_executor, inspect_model, plan_blocks
+from tokenflow.replicas.factory import (
+    build_engine,
+    build_executor,
+    inspect_model,
+    plan_blocks,
+    private_host_memory,
+)
 from tokenflow.replicas.scheduler.registry import make_policy
 
 LENGTHS = (3, 40, 17, 90, 1, 64, 33, 5)
@@ -41,9 +49,9 @@ def engine_on(executor, spec, policy) -> Engine:
     )
 
 
-def parallel(spec, *, blocks, fuse=True) -> ParallelExecutor:
+def parallel(spec, *, blocks, **options) -> ParallelExecutor:
     return ParallelExecutor(
-        spec, 2, num_blocks=blocks, block_size=8, max_num_seqs=16, num_threads=1, fuse=fuse
+        spec, 2, num_blocks=blocks, block_size=8, max_num_seqs=16, num_threads=1, **options
     )
 
 
@@ -84,9 +92,16 @@ def test_two_ranks_draw_the_tokens_of_one(family, changes, fuse, tmp_path):
 
 def test_a_lost_rank_ends_the_executor_at_once():
     spec = inspect_checkpoint("random:tiny", dtype="float32")
-    executor = parallel(spec, blocks=30)
+    host = private_host_memory(8, spec.kv_layout(8), ranks=2)
+    executor = parallel(spec, blocks=30, host=host)
     try:
-        os.kill(executor._workers[0]._process.pid, signal.SIGKILL)
+        (pid,) = executor.processes
+        os.kill(pid, signal.SIGSTOP)
+        executor.offload([(0, 0)])
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RankLostError, match="rank 1 of the tensor-parallel model failed"):
+            for _ in range(100):
+                executor.poll_transfers(0.1)
         engine = engine_on(executor, spec, "fcfs")
         with pytest.raises(RankLostError, match="rank 1 of the tensor-parallel model failed"):
             answers(engine, [make_request("a", [1, 2, 3], 8)])
@@ -113,12 +128,11 @@ def test_the_ranks_hold_every_weight_once():
 
 
 def test_the_configuration_says_what_it_needs():
-    with pytest.raises(ValueError, match=r"needs engine\.offload: false"):
-        EngineConfig(tensor_parallel=2)
+    assert EngineConfig(tensor_parallel=2).offload
     with pytest.raises(ConfigError, match="4 devices cannot share the 4 heads and 2 KV heads"):
-        inspect_model("random:tiny", EngineConfig(tensor_parallel=4, offload=False), "cpu")
+        inspect_model("random:tiny", EngineConfig(tensor_parallel=4), "cpu")
     with pytest.raises(ConfigError, match="2 GPUs from the first on are needed"):
-        inspect_model("random:tiny", EngineConfig(tensor_parallel=2, offload=False), "cuda:1")
+        inspect_model("random:tiny", EngineConfig(tensor_parallel=2), "cuda:1")
 
 
 def test_the_factory_makes_the_parallel_executor():
@@ -138,13 +152,21 @@ def test_the_factory_makes_the_parallel_executor():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_draw_the_tokens_of_one():
-    config = {"kv_tokens": 4096, "max_num_seqs": 8, "dtype": "float32", "offload": False}
+    config = {"kv_tokens": 384, "max_num_seqs": 8, "dtype": "float32", "verify_loads": "full"}
     outs = []
     for ranks in (1, 2):
         settings = EngineConfig(tensor_parallel=ranks, device="cuda", **config)
+        layout = inspect_model("random:tiny", settings, "cuda").kv_layout(16)
         engine = build_engine(
-            "random:tiny", settings, FakeHost(0), device="cuda", num_blocks=4096 // 16
+            "random:tiny",
+            settings,
+            FakeHost(256),
+            host_memory=private_host_memory(256, layout, ranks),
+            device="cuda",
+            num_blocks=384 // 16,
         )
+        engine.policy = Chaos("a")
         outs.append(answers(engine, [make_request(f"{i}", p, 64) for i, p in enumerate(prompts())]))
         engine.executor.close()
+        assert engine.stats.loaded_bytes > 0 and engine.stats.corrupt_blocks == 0
     assert outs[0] == outs[1]

@@ -11,6 +11,8 @@ import pytest
 
 from tokenflow.kvstore import process
 from tokenflow.kvstore.actor import KVStoreActor
+from tokenflow.kvstore.client import HostSlots
+from tokenflow.kvstore.control import LocalStoreControl
 from tokenflow.kvstore.index import IndexReader
 from tokenflow.kvstore.node import NodeStore, StoreConfig
 from tokenflow.kvstore.segment import Segment
@@ -98,6 +100,31 @@ def test_only_the_dead_are_reaped(store, other_process):
     assert list(store.info().owners) == ["me"]
     assert store.info().free == 90
     store.release("me", mine)
+
+
+def test_an_owner_lives_as_long_as_any_of_its_processes(config, other_process):
+    member = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    before = NodeStore.open("node", config)
+    control = LocalStoreControl(before, "pair", other_process.pid)
+    replica = Segment.attach(control.info.path)
+    slots = HostSlots(control, replica.tables(), 50, background=False, low_water=0, high_water=0)
+    slots.add_members([member.pid])
+    control.lease(20)
+    other_process.kill()
+    other_process.wait()
+    assert before.reap_dead_owners() == 0
+    with pytest.raises(KVStoreError, match="already registered"):
+        before.register("pair", os.getpid())
+    crash(before)
+    after = NodeStore.adopt("node", config)
+    assert after.info().leased == 20
+    member.kill()
+    member.communicate()
+    assert after.reap_dead_owners() == 20
+    # The next one in this row has no members yet.
+    after.register("pair", os.getpid())
+    assert not replica.tables().member_pid.any()
+    after.close()
 
 
 def test_a_name_belongs_to_one_living_process(store, other_process):

@@ -25,7 +25,7 @@ def test_columns_are_aligned_apart_and_inside_the_buffer(slots, owners):
         assert column.flags.c_contiguous and column.flags.writeable
         end = begin + column.nbytes
     assert end <= start + offset + size
-    assert len(columns(tables)) == 15
+    assert len(columns(tables)) == 17
     assert tables.pins.shape == (owners, slots)
     assert tables.keys.shape == (slots, 2)
     assert len(tables.cells) >= 2 * slots and len(tables.cells).bit_count() == 1
