@@ -22,17 +22,24 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from servers import PEERS, Server, Setup, running, versions
+from servers import MODEL, PEERS, Server, Setup, running, versions
 
 from tokenflow.loadgen import compare as comparing
 from tokenflow.loadgen.arrivals import parse_arrivals
 from tokenflow.loadgen.description import Description, load_description
 from tokenflow.loadgen.page import page
-from tokenflow.loadgen.report import Repeat, Report, command_line, make_report
+from tokenflow.loadgen.report import (
+    Repeat,
+    Report,
+    command_line,
+    load_report,
+    make_report,
+    without_folders,
+)
 from tokenflow.loadgen.session import Session
 from tokenflow.loadgen.tables import number, unit
 from tokenflow.loadgen.targets.base import Opened
-from tokenflow.replicas.errors import TokenFlowError
+from tokenflow.replicas.errors import ConfigError, TokenFlowError
 
 FIXED = {"prompt": {"kind": "fixed", "tokens": 128}, "output": {"kind": "fixed", "tokens": 320}}
 WORKLOADS: dict[str, dict[str, Any]] = {
@@ -55,10 +62,15 @@ GOALS = (
     ("raw throughput at least 0.9 x", "raw_tok_s", lambda ours, peer: ours >= 0.9 * peer),
 )
 WARM_UP = {
-    "arrivals": {"kind": "burst", "count": 8},
-    "prompt": {"kind": "fixed", "tokens": 64},
-    "output": {"kind": "fixed", "tokens": 16},
+    "arrivals": {"kind": "burst", "count": 16},
+    "prompt": {"kind": "fixed", "tokens": 128},
+    "output": {"kind": "fixed", "tokens": 96},
 }
+"""Fills most of the KV memory: what a server learns of its speed there holds for the workload."""
+NOWHERE = Server("nowhere", "http://127.0.0.1:1/v1", MODEL, exact_output=True)
+"""Stands in for a server where only the workload matters."""
+SAME = ("arrivals", "prompt", "output", "readers")
+"""What of two descriptions must be equal for their repeats to be of one comparison."""
 
 
 def main() -> int:
@@ -74,9 +86,11 @@ def main() -> int:
     add("--kv-tokens", type=int, default=4096, metavar="N", help="(4096)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(bfloat16)")
     add("--cores", metavar="0,1", help="of the servers; the generator runs on all (all)")
+    add("--threads", type=int, metavar="N", help="of each server (its own choice: a core less)")
     add("--engine", action="append", default=[], metavar="NAME=X", help="option of our engine")
     add("--repeats", type=int, default=5, metavar="N", help="(5)")
     add("--seed", type=int, default=1, metavar="N", help="of the first repeat (1)")
+    add("--resume", action="store_true", help="add the repeats to those that --out holds")
     add("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     console = Console(highlight=False)
@@ -93,17 +107,22 @@ def main() -> int:
         cores=frozenset(map(int, args.cores.split(","))) if args.cores else os.sched_getaffinity(0),
         venvs={"vllm": args.vllm_venv, "transformers": args.transformers_venv},
         logs=logs.resolve(),
+        threads=args.threads,
         engine=dict(_option(text) for text in args.engine),
     )
     repeats: dict[str, list[Repeat]] = {name: [] for name in names}
+    if args.resume:
+        repeats = earlier(args.out, names, setup, describe(NOWHERE, args, args.seed))
+    done = len(repeats[names[0]])
+    seed = repeats[names[0]][-1].seed + 1 if done else args.seed
     descriptions: dict[str, Description] = {}
     opened: dict[str, Opened] = {}
-    for i in range(args.repeats):
+    for i in range(done, done + args.repeats):
         # In turns, and each time another one first, so that nobody always has the warm machine.
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            console.print(f"\nrepeat {i + 1} of {args.repeats}: {name}")
+            console.print(f"\nrepeat {i + 1} of {done + args.repeats}: {name}")
             with running(name, setup) as server:
-                session = serve(server, args, args.seed + i, console)
+                session = serve(server, args, seed + i - done, console)
             repeats[name] += session.repeats
             opened[name] = session.opened
             descriptions[name] = session.description
@@ -118,8 +137,29 @@ def main() -> int:
     return 0
 
 
-def serve(server: Server, args: argparse.Namespace, seed: int, console: Console) -> Session:
-    """Warm up, and one repeat."""
+def earlier(
+    out: Path, names: list[str], setup: Setup, wanted: Description
+) -> dict[str, list[Repeat]]:
+    """The repeats of each peer that `out` holds. Raises ConfigError where there are none, or not
+    of the same comparison."""
+    reports = {name: load_report(out / f"{name}.json") for name in names}
+    if len({len(report.repeats) for report in reports.values()}) > 1:
+        raise ConfigError(f"--resume: {out} has not the same number of repeats of each peer.")
+    asked = without_folders(wanted.model_dump(mode="json"))
+    for name, report in reports.items():
+        for part in SAME:
+            if report.description[part] != asked[part]:
+                raise ConfigError(
+                    f"--resume: the {part} of {out / name}.json are {report.description[part]}, "
+                    f"but {asked[part]} are asked for; choose another --out."
+                )
+    had = json.loads((out / "summary.json").read_text())["setup"]
+    if had != of_setup(setup):
+        raise ConfigError(f"--resume: {out} was measured with {had}, not {of_setup(setup)}.")
+    return {name: report.repeats for name, report in reports.items()}
+
+
+def describe(server: Server, args: argparse.Namespace, seed: int) -> Description:
     workload = WORKLOADS.get(args.workload)
     if workload is None:
         workload = {
@@ -129,7 +169,12 @@ def serve(server: Server, args: argparse.Namespace, seed: int, console: Console)
         }
     if args.requests is not None and workload["arrivals"]["kind"] == "burst":
         workload = workload | {"arrivals": {"kind": "burst", "count": args.requests}}
-    common = {
+    return load_description(None, common(server, args) | workload | {"seed": seed})
+
+
+def common(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """Of workload and warm-up."""
+    return {
         "name": server.name,
         "target": {
             "kind": "openai",
@@ -143,10 +188,12 @@ def serve(server: Server, args: argparse.Namespace, seed: int, console: Console)
         "readers": [{"token_rate": args.rate}],
         "timeout_s": 3600,
     }
-    asyncio.run(Session(load_description(None, common | WARM_UP)).run())
-    session = Session(
-        load_description(None, common | workload | {"seed": seed}), console=console
-    )  # fmt: skip
+
+
+def serve(server: Server, args: argparse.Namespace, seed: int, console: Console) -> Session:
+    """Warm up, and one repeat."""
+    asyncio.run(Session(load_description(None, common(server, args) | WARM_UP)).run())
+    session = Session(describe(server, args, seed), console=console)
     asyncio.run(session.run())
     return session
 
@@ -182,7 +229,7 @@ def save(out: Path, reports: list[Report], setup: Setup, console: Console) -> No
         "command": command_line(),
         "machine": {"platform": platform.platform(), "cores": sorted(setup.cores)},
         "versions": {"python": platform.python_version(), **versions(setup)},
-        "setup": {"kv_tokens": setup.kv_tokens, "dtype": setup.dtype, "engine": setup.engine},
+        "setup": of_setup(setup),
         "figures": {r.name: {n: figure(r, n) for n in COMPARED} for r in reports},
         "ratios": {
             f"{reports[0].name}/{r.name}": {n: ratio(reports[0], r, n) for n in COMPARED}
@@ -191,6 +238,16 @@ def save(out: Path, reports: list[Report], setup: Setup, console: Console) -> No
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(f"Saved in {out}; open {out / 'report.html'}", soft_wrap=True)
+
+
+def of_setup(setup: Setup) -> dict[str, Any]:
+    """What all repeats have in common."""
+    return {
+        "kv_tokens": setup.kv_tokens,
+        "dtype": setup.dtype,
+        "threads": setup.threads,
+        "engine": dict(setup.engine),
+    }
 
 
 def figure(report: Report, name: str) -> Mapping[str, Any] | None:

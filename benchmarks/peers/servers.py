@@ -40,8 +40,17 @@ class Setup:
     logs: Path
     host_kv_gib: float = 1.0
     """Of ours: host memory for preempted requests; the others have nothing like it."""
+    threads: int | None = None
+    """That compute, of each server; None: as many as it takes by itself, here one core less."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of our engine's configuration."""
+
+    def omp(self) -> dict[str, str]:
+        """Environment of every server: who waits for another thread leaves the core to whoever
+        has something to do, the generator among them."""
+        if self.threads is None:
+            return {}
+        return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
     def program(self, peer: str, name: str) -> str:
         """The path of a peer's program. Raises RuntimeError where it is not installed."""
@@ -82,7 +91,7 @@ def running(name: str, setup: Setup) -> Iterator[Server]:
     with open(log, "ab") as file:
         process = subprocess.Popen(
             command,
-            env=os.environ | environment,
+            env=os.environ | setup.omp() | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -128,6 +137,7 @@ def _ours(setup: Setup, port: int) -> tuple[list[str], dict[str, str], str]:
             "kv_tokens": setup.kv_tokens,
             "dtype": setup.dtype,
             "prefix_cache": False,
+            "cpu_threads": setup.threads,
             **setup.engine,
         },
         "kvstore": {"host_kv_gib": setup.host_kv_gib},
@@ -148,7 +158,11 @@ def _vllm(setup: Setup, port: int) -> tuple[list[str], dict[str, str], str]:
         "--no-enable-prefix-caching", "--enforce-eager",
     ]  # fmt: skip
     # Memory for KV is set in blocks; this is what it may reserve for them.
-    return command, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}, MODEL
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    if setup.threads is not None:
+        cores = sorted(setup.cores)[: setup.threads]
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    return command, environment, MODEL
 
 
 def _transformers(setup: Setup, port: int) -> tuple[list[str], dict[str, str], str]:
