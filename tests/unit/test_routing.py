@@ -21,6 +21,7 @@ from tokenflow.cluster.routing import (
     outlook,
 )
 from tokenflow.replicas.load import LoadReport
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 MEASURED = LoadReport(
     number=1,
@@ -31,6 +32,7 @@ MEASURED = LoadReport(
     expected_output=50,
 )
 ASK = Ask(prompt_tokens=100, output_tokens=200, rate=20.0)
+SPEEDS = Speeds(1000.0, 1e-3, 1e-4, LOAD_FACTOR * 1000.0)
 
 
 def view(
@@ -109,11 +111,18 @@ def test_what_a_new_replica_has_not_measured_is_what_others_have():
     new = view(capacity=0.0, prefill_s=0.0, load_s=0.0)
     assert not outlook(new, ASK).measured and outlook(view(), ASK).measured
     assert outlook(new, replace(ASK, prompt_tokens=1)).score < outlook(new, ASK).score
-    assert outlook(new, ASK, Speeds(1000.0, 1e-3, 1e-4)) == outlook(view(), ASK)
+    assert outlook(new, ASK, SPEEDS) == outlook(view(), ASK)
+
+
+def test_readers_are_promised_what_can_be_kept_not_what_a_full_device_makes():
+    asked = view(rate=600.0, remaining_tokens=1000)
+    fast = view(rate=600.0, remaining_tokens=1000, kept_rates=500.0)
+    assert outlook(asked, ASK).utilisation < 1 < outlook(fast, ASK).utilisation
+    assert outlook(asked, ASK).short_s == 0 < outlook(fast, ASK).short_s
 
 
 def test_small_differences_of_measured_speeds_draw_nobody():
-    speeds = Speeds(1000.0, 1e-3, 1e-4)
+    speeds = SPEEDS
     assert outlook(view(prefill_s=0.6e-3, capacity=1900.0), ASK, speeds) == outlook(view(), ASK)
     assert outlook(view(prefill_s=0.4e-3), ASK, speeds).ttft_s == pytest.approx(0.04)
     assert outlook(view(prefill_s=3e-3), ASK, speeds).ttft_s == pytest.approx(0.3)
