@@ -61,6 +61,8 @@ class LoadReport:
     kept_rates: float = 0.0
     """The most that readers like these can ask for together, and all be promised it; 0 while
     unknown."""
+    step_prefill_s: float = 0.0
+    """Seconds per prompt token within steps: what the device takes, however busy it is otherwise."""
 
     def to_wire(self) -> tuple[float, ...]:
         """The fields in order, floats to three digits: small, and equal while little changes."""
@@ -152,6 +154,7 @@ class LoadMeter:
             prefill_s=self._spent_s / self._done if self._done else cost.prefill_s(1),
             load_s=cost.load_s(1) / block_size,
             kept_rates=kept if kept < math.inf else 0.0,
+            step_prefill_s=cost.prefill_s(1),
         )
 
     def _measure(self, queued: int, prefilled: int, now: float) -> None:

@@ -92,7 +92,7 @@ def test_a_report_is_small_on_the_wire_and_comes_out_as_it_went_in():
     assert again.rate == 1230.0 and again.prefill_s == 1e-4
     assert LoadReport.from_wire(again.to_wire()) == again
     assert len(pickle.dumps(report.to_wire())) < 150
-    with pytest.raises(TypeError, match="15 values, got 3"):
+    with pytest.raises(TypeError, match="16 values, got 3"):
         LoadReport.from_wire((1, 2, 3))
 
 
