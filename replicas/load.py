@@ -62,7 +62,7 @@ class LoadReport:
     """The most that readers like these can ask for together, and all be promised it; 0 while
     unknown."""
     step_prefill_s: float = 0.0
-    """Seconds per prompt token within steps: what the device takes, however busy it is otherwise."""
+    """Seconds per prompt token within steps: what the device takes, whatever else it does."""
 
     def to_wire(self) -> tuple[float, ...]:
         """The fields in order, floats to three digits: small, and equal while little changes."""

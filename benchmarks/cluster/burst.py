@@ -28,7 +28,6 @@ from tokenflow.cluster.local import LocalCluster, free_port
 from tokenflow.loadgen.metrics import StreamRecord, percentile, summarize
 from tokenflow.loadgen.workload import Ask
 
-
 _DOCUMENTS = 0.05
 """Share of the requests that bring one."""
 
