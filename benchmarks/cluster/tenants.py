@@ -2,7 +2,8 @@
 
 The same requests of a quiet tenant are sent alone, then while `--flood` requests of another tenant
 are always under way, and, to compare, while as many of its own tenant are. The three are repeated
-in turn on one cluster.
+in turn on one cluster, each time with other words in the prompts: else all but the first would find
+them in the cache.
 
 What is asked is how the cluster shares its replica. Everything runs on one machine all the same, so
 the flood also takes processor time from what is not its own to take: its clients from the servers
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import random
 import subprocess
 import sys
@@ -47,17 +49,19 @@ _RAMP_S = 5.0
 class Tenant:
     """A client with a key."""
 
-    def __init__(self, address: str, key: str) -> None:
+    def __init__(self, address: str, key: str, words: int = 0) -> None:
+        """`words` makes its prompts other ones than those of tenants with another number."""
         options = [("grpc.use_local_subchannel_pool", 1)]
         self._stubs = [
             InferenceStub(grpc.aio.insecure_channel(address, options=options))
             for _ in range(CHANNELS)
         ]
         self._metadata = [("authorization", f"Bearer {key}")]
+        self._words = words
 
     async def ask(self, ask: Ask) -> float | None:
         """When its first token came, on the monotonic clock; None when it was refused."""
-        rng = random.Random(ask.seed)
+        rng = random.Random(f"{ask.seed} {self._words}")
         message = pb.GenerateRequest(token_rate=ask.token_rate)
         message.token_ids.ids.extend(rng.randrange(5, 900) for _ in range(ask.prompt_tokens))
         message.sampling.max_tokens = ask.output_tokens
@@ -86,9 +90,9 @@ async def flood(address: str, key: str, width: int, rate: float, seed: int) -> N
     await asyncio.gather(*map(loop, range(width)))
 
 
-async def measure(address: str, key: str, requests: list[Ask]) -> list[float | None]:
+async def measure(address: str, key: str, requests: list[Ask], words: int) -> list[float | None]:
     """Seconds to the first token of each request; None = refused."""
-    tenant = Tenant(address, key)
+    tenant = Tenant(address, key, words)
     begun = time.monotonic() + 0.2
 
     async def one(ask: Ask) -> float | None:
@@ -101,16 +105,21 @@ async def measure(address: str, key: str, requests: list[Ask]) -> list[float | N
 
 
 def phase(
-    address: str, requests: list[Ask], quiet: str, flooding: str | None, args: argparse.Namespace
+    address: str,
+    requests: list[Ask],
+    words: int,
+    quiet: str,
+    flooding: str | None,
+    args: argparse.Namespace,
 ) -> list[float | None]:
     if flooding is None:
-        return asyncio.run(measure(address, quiet, requests))
+        return asyncio.run(measure(address, quiet, requests, words))
     command = [sys.executable, __file__, "--flood", str(args.flood), "--rate", str(args.rate)]
     process = subprocess.Popen([*command, "--as", address, flooding])
     with bounded([process.pid], args.flood_share):
         try:
             time.sleep(_RAMP_S)
-            return asyncio.run(measure(address, quiet, requests))
+            return asyncio.run(measure(address, quiet, requests, words))
         finally:
             process.kill()
             process.wait()
@@ -178,14 +187,16 @@ def main() -> None:
             cluster.serve()
             address = cluster.grpc_target
             with bounded(pids("replica"), args.share):
-                phase(address, requests[:24], secrets["quiet"], secrets["flooding"], args)
+                words = itertools.count()
+                quiet = secrets["quiet"]
+                phase(address, requests[:24], next(words), quiet, secrets["flooding"], args)
                 for _ in range(args.repeats):
                     for name, key in (
                         ("alone", None),
                         ("other tenant", secrets["flooding"]),
                         ("same tenant", secrets["same"]),
                     ):
-                        found[name] += phase(address, requests, secrets["quiet"], key, args)
+                        found[name] += phase(address, requests, next(words), quiet, key, args)
     result = {name: figures(times) for name, times in found.items()}
     ratios = {
         name: result[name]["ttft_p99_s"] / result["alone"]["ttft_p99_s"]

@@ -200,7 +200,7 @@ class _Pass:
         if len(self.waiting) or len(self.preempted):
             self._fill()
             rows = self._unheld(self.running)
-        if self.decoding[rows].all():
+        if not self.favouring and self.decoding[rows].all():
             self.plan.batch = decode_batch(self.view, rows)
             return self.plan
         limit = self._chunk(rows)
@@ -213,9 +213,8 @@ class _Pass:
         """Rule 6: who takes part in a step of several tenants, and its most prompt tokens."""
         outlook, tracker = self.outlook, self.tracker
         can_wait = tracker.elastic[rows] | outlook.parked[rows]
-        patience_s = np.where(can_wait, np.inf, outlook.slack[rows])
-        pending = self.pending[rows]
-        return share_step(self.view, rows, pending, outlook.favoured, patience_s, limit)
+        pending, slack_s = self.pending[rows], outlook.slack[rows]
+        return share_step(self.view, rows, pending, outlook.favoured, slack_s, can_wait, limit)
 
     def _chunk(self, rows: IntArray) -> int | None:
         """Rule 5: most prompt tokens of this step."""
@@ -322,10 +321,14 @@ class _Pass:
         rests = rests[np.argsort(-slack, kind="stable")]
         if not self.favouring:
             return _Victims(self.view, rests, rows[:0], outlook)
-        yields = stayed | (tracker.computed == 0)
+        # For those they leave after a single token, too, but last.
+        stayed |= tracker.computed == 0
+        yields = stayed | ((tracker.resident > 0) & self.decoding)
         yields &= ~outlook.favoured
         yields[rests] = False
-        return _Victims(self.view, rests, rows[yields[rows]][::-1], outlook)
+        leaving = rows[yields[rows]][::-1]
+        leaving = leaving[np.argsort(~stayed[leaving], kind="stable")]
+        return _Victims(self.view, rests, leaving, outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
         """Preempt until `blocks` and a place are free or on their way, or nobody; who left."""

@@ -58,13 +58,27 @@ def test_a_first_token_has_its_step_to_itself_and_those_who_cannot_wait():
     device = [
         prompt("f", "flood", arrival_s=1.0),
         stream("thin", "flood", 0.01, arrival_s=0.0),
+        stream("dry", "flood", -0.5, arrival_s=0.0),
         stream("fed", "flood", 1.5, arrival_s=2.0),
         stream("agent", "flood", rate=NO_READER),
         stream("own", "quiet", 1.5),
+        stream("own thin", "quiet", 0.01),
         prompt("q", "quiet", arrival_s=5.0),
     ]
     made = plan(situation(*device, *waiting_flood(), total=200, free=0))
-    assert batch(made) == {"q": 40, "thin": 1, "own": 1}
+    # Readers of a tenant that has its share do without a token for half a second.
+    assert batch(made) == {"q": 40, "dry": 1, "own thin": 1}
+
+
+def test_a_long_first_prompt_is_cut_and_still_shares_its_steps_with_nobody():
+    device = [
+        prompt("f", "flood", arrival_s=1.0),
+        stream("thin", "flood", 0.01, arrival_s=0.0),
+        prompt("q", "quiet", 120, arrival_s=5.0, max_tokens=20),
+    ]
+    made = plan(situation(*device, *waiting_flood(), total=200, free=0))
+    # As long as a reader takes for a token, 0.1 s, of which decoding needs 0.02 s.
+    assert batch(made) == {"q": 81}
 
 
 def test_between_first_tokens_steps_carry_few_prompt_tokens_of_others():
@@ -76,6 +90,46 @@ def test_between_first_tokens_steps_carry_few_prompt_tokens_of_others():
     made = plan(situation(*device, *waiting_flood(), total=200, free=0))
     # Half of the 0.02 s of its decoding.
     assert batch(made) == {"f": 10, "fed": 1, "own": 1}
+
+
+BY_STREAM = taught(fixed=0.005, per_sequence=0.002, prefill=0.001)
+"""What a device takes whose steps cost by the stream."""
+
+
+def dry(name: str, tenant: str, dry_s: float, **more) -> Sequence:
+    """Its reader has been waiting for so long."""
+    return stream(name, tenant, -dry_s, prompt=4, output=4, synced=1, **more)
+
+
+def test_others_take_turns_in_steps_that_stay_short():
+    flood = [dry(f"f{i}", "flood", 0.1 * i) for i in range(24)]
+    own = dry("own", "quiet", 0.0)
+    made = plan(situation(*flood, own, *waiting_flood(), total=200, free=0, cost=BY_STREAM))
+    # Four times 0.005 s are ten streams: those who have waited longest, and whoever is favoured.
+    assert set(batch(made)) == {"own", *(f"f{i}" for i in range(14, 24))}
+
+
+def test_prompts_of_others_take_half_of_what_they_may_add():
+    flood = [dry(f"f{i}", "flood", 0.1 * i) for i in range(24)]
+    device = [*flood, dry("own", "quiet", 0.0), prompt("f", "flood", 100)]
+    made = plan(situation(*device, *waiting_flood(), total=300, free=0, cost=BY_STREAM))
+    # Half of 0.017 s of decoding.
+    assert batch(made) == {"f": 8, "own": 1, **{f"f{i}": 1 for i in range(19, 24)}}
+
+
+def test_all_take_part_where_a_step_costs_the_same_whoever_is_in_it():
+    flood = [dry(f"f{i}", "flood", 0.1 * i) for i in range(24)]
+    made = plan(situation(*flood, dry("own", "quiet", 0.0), *waiting_flood(), total=200, free=0))
+    assert len(batch(made)) == 25
+
+
+def test_whoever_is_promised_nothing_waits_longer():
+    """Of the flood the first three can be promised their rates, 100 tokens/s."""
+    dry_s = [0.1] * 3 + [0.5] * 21
+    flood = [dry(f"f{i}", "flood", s, arrival_s=i, rate=100.0) for i, s in enumerate(dry_s)]
+    own = dry("own", "quiet", 0.0)
+    made = plan(situation(*flood, own, *waiting_flood(), total=200, free=0, cost=BY_STREAM))
+    assert set(batch(made)) == {"own", *(f"f{i}" for i in range(10))}
 
 
 def test_with_enough_for_all_prompts_end_as_with_equal_parts_of_the_device():
@@ -111,6 +165,32 @@ def test_a_first_token_does_not_wait_for_copies():
     made = plan(situation(*flood, quiet, *waiting_flood(), free=0))
     assert names(made.admit) == ["q"]
     assert victims(made) == ["f5", "f4", "f3", "f2"]
+
+
+def test_who_has_just_come_leaves_for_first_tokens_last():
+    long_here = stream("f0", "flood", 0.0, arrival_s=1.0)
+    new = stream("f1", "flood", 0.0, arrival_s=2.0, resident=1)
+    newest = stream("f2", "flood", 0.0, arrival_s=3.0, resident=0)
+
+    def leaving(tokens: int) -> list[str]:
+        quiet = sequence("q", tenant="quiet", prompt=tokens, max_tokens=20, arrival_s=9.0)
+        device = [long_here, new, newest]
+        return victims(plan(situation(*device, quiet, *waiting_flood(), total=200, free=0)))
+
+    assert leaving(20) == ["f0"]
+    assert leaving(60) == ["f0", "f1"]
+    # Whoever has had no token yet stays.
+    assert leaving(120) == []
+
+
+def test_first_tokens_are_covered_before_streams_that_have_begun():
+    begun = [stream(f"b{i}", "quiet", 0.0, arrival_s=i) for i in range(5)]
+    new = sequence("new", tenant="quiet", prompt=40, max_tokens=20, arrival_s=9.0)
+    shared = situation(*begun, new, *waiting_flood(), total=200, free=0)
+    tracker = shared.tracker
+    covered = within_share(shared, tracker.limit - tracker.generated)
+    # A share is 400 tokens, of which the new one takes 60 and each of the others 108.
+    assert names(tracker.take(np.flatnonzero(covered))) == ["b0", "b1", "b2", "new"]
 
 
 def test_places_and_prompts_run_short_as_memory_does():
