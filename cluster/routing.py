@@ -27,7 +27,7 @@ _HEADROOM_S = 0.2
 """Seconds that a full replica is worse than an empty one where the first token is as near."""
 _NOISE = 2.0
 """Measured speeds that differ by less than that factor are taken to be equal."""
-_CALM = 0.85
+_CALM = 0.8
 """Of the rates that can be promised, what can be kept although prompts come in at random: at more,
 somebody's text pauses now and then."""
 _NEAR_S = 0.005
@@ -127,10 +127,12 @@ class Speeds:
 
     capacity: float
     prefill_s: float
+    step_prefill_s: float
     load_s: float
+    kept_rates: float
 
 
-_GUESS = Speeds(capacity=1000.0, prefill_s=1e-4, load_s=1e-5)
+_GUESS = Speeds(1000.0, 1e-4, 1e-4, 1e-5, 1000.0 * LOAD_FACTOR)
 """Where nobody has measured anything: replicas can still be compared."""
 
 
@@ -142,8 +144,18 @@ def typical_speeds(reports: Iterable[LoadReport]) -> Speeds | None:
     return Speeds(
         median_high(r.capacity for r in known),
         median_low(r.prefill_s for r in known),
+        median_low(_step_prefill_s(r) for r in known),
         median_low(r.load_s for r in known),
+        median_high(_kept_rates(r) for r in known),
     )
+
+
+def _kept_rates(report: LoadReport) -> float:
+    return report.kept_rates or LOAD_FACTOR * report.capacity
+
+
+def _step_prefill_s(report: LoadReport) -> float:
+    return report.step_prefill_s or report.prefill_s
 
 
 def _told_apart(own: float, typical: float) -> float:
@@ -171,7 +183,10 @@ class Outlook:
 
     @property
     def score(self) -> float:
-        return self.ttft_s + _HEADROOM_S * self.utilisation
+        """Lower is better. Of replicas that are all asked for more than they have, the first token
+        decides: there it is prompts that wait for one another."""
+        load = self.utilisation
+        return self.ttft_s + _HEADROOM_S * (load if load < 1 else 1 + math.log(load))
 
 
 def outlook(
@@ -191,7 +206,11 @@ def outlook(
     measured = speeds is not None
     speeds = speeds or _GUESS
     capacity = _told_apart(report.capacity or speeds.capacity, speeds.capacity)
-    prefill_s = _told_apart(report.prefill_s or speeds.prefill_s, speeds.prefill_s)
+    kept_rates = _told_apart(_kept_rates(report) or speeds.kept_rates, speeds.kept_rates)
+    # Devices differ by what they take for a prompt token. What passed on the clock depends on what
+    # else a replica had to do just then, and of few prompts it says little.
+    own = _told_apart(_step_prefill_s(report) or speeds.step_prefill_s, speeds.step_prefill_s)
+    prefill_s = speeds.prefill_s * own / speeds.step_prefill_s
     queued = report.queued_tokens + more.prompt_tokens + ask.prompt_tokens
     prefill = queued * prefill_s - _saved_s(view, ask, prefill_s, report.load_s or speeds.load_s)
 
@@ -201,7 +220,7 @@ def outlook(
     rate = report.rate + more.rate + ask.rate
     kv = report.kv_tokens + more.prompt_tokens + output
     kv += ask.prompt_tokens + min(ask.output_tokens, expected)
-    rates = rate / (LOAD_FACTOR * capacity)
+    rates = rate / kept_rates
     memory = kv / report.memory_tokens if report.memory_tokens else 0.0
     device = kv / report.device_tokens if report.device_tokens else memory
     # A reader who is promised nothing begins all the same where the device has room for him.

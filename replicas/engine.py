@@ -124,6 +124,8 @@ class Engine:
         self._launched: Step | None = None
         """A step whose tokens are not known; each sequence in it that runs still has its slot."""
         self._finished_s = -math.inf
+        self._busy = False
+        """Whether steps have followed one another without a pause since then."""
         self.refresh_stats()
 
     # -- requests -------------------------------------------------------------------------------
@@ -302,6 +304,7 @@ class Engine:
         if self.policy.write_through and config.write_through and config.offload:
             self._write_through.start(batch)
         if not (batch or self._launched):
+            self._busy = False
             return self.refresh_stats()
         self._run(batch)
         self.refresh_stats()
@@ -309,6 +312,7 @@ class Engine:
 
     def wait_for_transfers(self, timeout_s: float) -> None:
         """Sleep until a copy ends, at most `timeout_s`."""
+        self._busy = False
         self.kv.collect(timeout_s)
         self.refresh_stats()
 
@@ -578,8 +582,11 @@ class Engine:
     def _finish(self, step: Step, result: StepResult, now: float) -> None:
         """Hand out what a step has drawn. A sequence may have ended since it was launched."""
         # Launched ahead, it began when the one before ended.
-        seconds = now - max(step.begun, self._finished_s)
-        self._finished_s = now
+        begun = max(step.begun, self._finished_s)
+        seconds = now - begun
+        # What lies between two steps is part of what a token costs.
+        spent_s = now - (self._finished_s if self._busy else begun)
+        self._finished_s, self._busy = now, True
         self.stats.steps += 1
         self.stats.step_seconds += seconds
         unix_now = time.time()
@@ -592,7 +599,7 @@ class Engine:
                 self.tracker.touch(seq)
                 self._take_token(seq, token_id, logprobs, now, unix_now)
         prefill = sum(n for _, n in step.prefills)
-        self.cost.observe_step(step.decodes, step.context, prefill, seconds)
+        self.cost.observe_step(step.decodes, step.context, prefill, spent_s)
 
     def _take_token(
         self,
@@ -650,6 +657,7 @@ class Engine:
         self._elastic.pop(seq.request_id, None)
         del self._sequences[seq.request_id]
         del self._text[seq.request_id]
+        self._busy &= bool(self._sequences)
         stats = self.stats
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
         self.lengths.observe(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from tokenflow.replicas.scheduler.capacity import full_capacity, sustained
+from tokenflow.replicas.scheduler.capacity import full_capacity, kept_rates, sustained
 from tokenflow.replicas.scheduler.cost import CostModel
 from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.tracker import Tracker
@@ -58,6 +58,11 @@ class LoadReport:
     """Seconds per prompt token, as measured on a wall clock beside all other work."""
     load_s: float = 0.0
     """Seconds to load one token's KV from the host."""
+    kept_rates: float = 0.0
+    """The most that readers like these can ask for together, and all be promised it; 0 while
+    unknown."""
+    step_prefill_s: float = 0.0
+    """Seconds per prompt token within steps: what the device takes, whatever else it does."""
 
     def to_wire(self) -> tuple[float, ...]:
         """The fields in order, floats to three digits: small, and equal while little changes."""
@@ -126,6 +131,11 @@ class LoadMeter:
             if len(tracker)
             else last.capacity
         )
+        kept = last.kept_rates
+        if len(tracker):
+            kept = kept_rates(
+                tracker, cost, device_tokens, max_num_seqs, expected, lengths.prompts_per_output
+            )
         elastic = tracker.elastic & ~tracker.paused
         reads = ~(tracker.elastic | tracker.paused)
         self.report = LoadReport(
@@ -143,6 +153,8 @@ class LoadMeter:
             capacity=capacity if capacity < math.inf else 0.0,
             prefill_s=self._spent_s / self._done if self._done else cost.prefill_s(1),
             load_s=cost.load_s(1) / block_size,
+            kept_rates=kept if kept < math.inf else 0.0,
+            step_prefill_s=cost.prefill_s(1),
         )
 
     def _measure(self, queued: int, prefilled: int, now: float) -> None:

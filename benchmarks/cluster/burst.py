@@ -1,7 +1,8 @@
 """A burst on several CPU replicas: time to first token by router, side by side.
 
-Every repeat serves the cluster once per router, in turns, warms it up and sends the same burst of
-skewed requests at one moment. `power-of-two` is Ray Serve's default rule, here with exact counts of
+Every repeat serves the cluster once per router, in turns, warms it up and sends the same burst at
+one moment: short questions, and one request in twenty with a document, so that most prompt tokens
+come with few requests. `power-of-two` is Ray Serve's default rule, here with exact counts of
 unfinished streams, which Serve itself does not have for streams that are carried in frames. With
 --share every replica has that much of a processor and no more, as on a machine of its own; without,
 one that has nothing to do leaves its time to the others, whatever the router did.
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import random
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -23,6 +26,24 @@ from shares import processor_shares
 from tokenflow.cluster.config import load_config
 from tokenflow.cluster.local import LocalCluster, free_port
 from tokenflow.loadgen.metrics import StreamRecord, percentile, summarize
+from tokenflow.loadgen.workload import Ask
+
+_DOCUMENTS = 0.05
+"""Share of the requests that bring one."""
+
+
+def questions(count: int, *, seed: int, token_rate: float) -> list[Ask]:
+    """All at once: 8 to 24 prompt tokens, with a document 700 to 900."""
+    rng = random.Random(seed)
+    return [
+        replace(
+            ask,
+            prompt_tokens=rng.randint(700, 900)
+            if rng.random() < _DOCUMENTS
+            else rng.randint(8, 24),
+        )
+        for ask in asks([0.0] * count, seed=seed, token_rate=token_rate)
+    ]
 
 
 def figures(records: list[StreamRecord]) -> dict[str, float]:
@@ -46,7 +67,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--routers", default="burst,power-of-two")
-    parser.add_argument("--rate", type=float, default=20.0, help="tokens/s of every reader")
+    parser.add_argument("--rate", type=float, default=10.0, help="tokens/s of every reader")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--share", type=float, help="processors of each replica")
     parser.add_argument("--json")
@@ -75,7 +96,7 @@ def main() -> None:
                     if args.share:
                         stack.enter_context(processor_shares(pids("replica"), args.share))
                     warm_up(target, args.replicas, token_rate=args.rate, seed=seed + 1000)
-                    burst = asks([0.0] * args.requests, seed=seed, token_rate=args.rate)
+                    burst = questions(args.requests, seed=seed, token_rate=args.rate)
                     run = figures(asyncio.run(send(target, burst)))
                 runs.append({"repeat": repeat, "router": router, **run})
                 print(

@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--machine", default="h200:qwen2.5-32b", metavar="GPU:MODEL", help="(h200:qwen2.5-32b)")
     add("--memory-fraction", type=float, default=0.9, metavar="X", help="of the GPU (0.9)")
     add("--max-ttft", type=float, metavar="S", help="refuse beyond this predicted TTFT (never)")
+    add("--max-stall", type=float, metavar="S", help="refuse where readers would pause longer")
     add(
         "--no-frames",
         action="store_true",
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace, console: Console | None = None) -> int:
                     model=args.model,
                     frames=not args.no_frames,
                     max_ttft_s=args.max_ttft,
+                    max_stall_s=args.max_stall,
                     seed=seed,
                 )
                 begun = time.perf_counter()

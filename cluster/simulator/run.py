@@ -47,7 +47,9 @@ class Setup:
     stats_delay_s: tuple[float, float] = (0.1, 0.5)
     """Serve's statistics: how often, and at least and at most how late."""
     max_ttft_s: float | None = None
-    """The bound of admission; None = everybody is admitted."""
+    """The bound of admission; None: none. Without any bound everybody is admitted."""
+    max_stall_s: float | None = None
+    """The bound of admission for pauses of those who read; None: none."""
     seed: int = 1
 
 
@@ -203,10 +205,11 @@ class _Cluster:
             arrival.max_tokens or arrival.output_tokens,
             counted_rate(arrival.token_rate),
         )
-        if self._setup.max_ttft_s is not None:
+        setup = self._setup
+        if setup.max_ttft_s is not None or setup.max_stall_s is not None:
             seen: Outlook | None = registry.foresee(ask)
             try:
-                judge(seen, max_ttft_s=self._setup.max_ttft_s)
+                judge(seen, max_ttft_s=setup.max_ttft_s, max_stall_s=setup.max_stall_s)
             except CapacityError as error:
                 record.retry_after_s = error.retry_after_s
                 return

@@ -57,12 +57,19 @@ def full_capacity(
     length: IntArray | FloatArray,
 ) -> float:
     """As `capacity`, with as many requests like these as fit: what more of them would find."""
-    remaining = np.maximum(length - tracker.generated, 1)
-    total = float(remaining.sum())
-    if total <= 0:
+    if not len(tracker):
         return math.inf
-    context = float(remaining @ (tracker.context + remaining / 2)) / total
-    return cost.capacity(max(1.0, min(kv_tokens / context, max_num_seqs)), context)
+    return cost.capacity(*_full_device(tracker, kv_tokens, max_num_seqs, length))
+
+
+def _full_device(
+    tracker: Tracker, kv_tokens: int, max_num_seqs: int, length: IntArray | FloatArray
+) -> tuple[float, float]:
+    """How many requests like these fit at once, and the context of each, in tokens, that the
+    average remaining token will be made at."""
+    remaining = np.maximum(length - tracker.generated, 1)
+    context = float(remaining @ (tracker.context + remaining / 2)) / float(remaining.sum())
+    return max(1.0, min(kv_tokens / context, max_num_seqs)), context
 
 
 def sustained(gamma: float, cost: CostModel, prompts_per_output: float) -> float:
@@ -73,6 +80,37 @@ def sustained(gamma: float, cost: CostModel, prompts_per_output: float) -> float
         return gamma
     prefills = gamma * cost.prefill_s(1) * prompts_per_output
     return gamma * min(1.0, _ALL / (LOAD_FACTOR * (1.0 + prefills)))
+
+
+def kept_rates(
+    tracker: Tracker,
+    cost: CostModel,
+    kv_tokens: int,
+    max_num_seqs: int,
+    length: IntArray | FloatArray,
+    prompts_per_output: float,
+) -> float:
+    """The most that readers like these can ask for together, tokens/s, and all be promised it, for
+    as long as new requests replace those that end; infinite while nothing is known.
+
+    Where they are fast that is less than LOAD_FACTOR of what a full device makes: only so many can
+    be there at their rates, and a step over few sequences makes fewer tokens in a second.
+    """
+    if not len(tracker):
+        return math.inf
+    most, context = _full_device(tracker, kv_tokens, max_num_seqs, length)
+    rates = tracker.rate[~(tracker.elastic | tracker.paused)]
+    if len(rates):
+        fixed, per_sequence, per_token = cost.step_terms()
+        decode_s = per_sequence + per_token * context
+        prefill_s = cost.prefill_s(1) * prompts_per_output
+        # Of n such readers each has to get a token in so many seconds, out of steps over all n.
+        period_s = 1.0 / float(rates.mean())
+        for share, each_s in ((LOAD_FACTOR, decode_s), (_ALL, decode_s + prefill_s)):
+            if each_s > 0:
+                most = min(most, (share * period_s - fixed) / each_s)
+    gamma = cost.capacity(max(most, 1.0), context)
+    return LOAD_FACTOR * sustained(gamma, cost, prompts_per_output)
 
 
 def unpromised(tracker: Tracker, limit: float, first: BoolArray | None = None) -> BoolArray | None:

@@ -40,8 +40,7 @@ class CalibratedCost:
     """Implements `StepCost`. Typical seconds of each part of a step; all coefficients >= 0.
 
     `step_s` adds what `execute_s` does not see: the engine's overhead, since the simulated engine
-    takes no time, and `stretch`, since only means add up to the length of a run. The simulated
-    engine so believes its steps to be longer, by the overhead, than the real one measures them.
+    takes no time, and `stretch`, since only means add up to the length of a run.
     """
 
     fixed_s: Seconds

@@ -59,6 +59,20 @@ def test_the_prefill_speed_is_that_of_a_clock_on_the_wall():
     assert engine.load.prefill_s == pytest.approx(0.1 / 32, rel=0.2)
 
 
+def test_what_lies_between_two_steps_is_part_of_what_a_token_costs():
+    engine, _, _, clock = fake_engine(tick=0.0)
+    engine.add(make_request("a", [1] * 8, 40))
+    for _ in range(20):
+        engine.step()
+        clock.now += 0.1  # handing out, what other threads do
+    assert engine.cost.step_s(1, 20) == pytest.approx(0.1, rel=0.1)
+    engine.cancel("a")
+    clock.now += 1000.0  # nothing to do
+    engine.add(make_request("b", [1] * 8, 3))
+    run(engine)
+    assert engine.cost.prefill_s(8) < 1.0
+
+
 def test_reports_are_some_time_apart():
     engine, _, _, clock = fake_engine(tick=0.0)
     engine.add(make_request("a", [1] * 8, 40))
@@ -78,7 +92,7 @@ def test_a_report_is_small_on_the_wire_and_comes_out_as_it_went_in():
     assert again.rate == 1230.0 and again.prefill_s == 1e-4
     assert LoadReport.from_wire(again.to_wire()) == again
     assert len(pickle.dumps(report.to_wire())) < 150
-    with pytest.raises(TypeError, match="14 values, got 3"):
+    with pytest.raises(TypeError, match="16 values, got 3"):
         LoadReport.from_wire((1, 2, 3))
 
 

@@ -82,7 +82,7 @@ def test_statistics_that_come_again_unchanged_do_not_make_a_replica_look_alive()
     assert not made.snapshot()["a"].fresh(clock.now)
     made.report_from_serve("a", {**stats, "beat": 2})
     assert made.snapshot()["a"].fresh(clock.now)
-    with pytest.raises(TypeError, match="14 values"):
+    with pytest.raises(TypeError, match="16 values"):
         made.report_from_serve("a", {"load": (1, 2)})
 
 

@@ -21,6 +21,7 @@ from tokenflow.cluster.routing import (
     outlook,
 )
 from tokenflow.replicas.load import LoadReport
+from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 MEASURED = LoadReport(
     number=1,
@@ -31,6 +32,7 @@ MEASURED = LoadReport(
     expected_output=50,
 )
 ASK = Ask(prompt_tokens=100, output_tokens=200, rate=20.0)
+SPEEDS = Speeds(1000.0, 1e-3, 1e-3, 1e-4, LOAD_FACTOR * 1000.0)
 
 
 def view(
@@ -80,7 +82,7 @@ def test_readers_may_go_short_before_all_that_can_be_promised_is_asked_for():
     def short(rate: float) -> float:
         return outlook(view(rate=rate - ASK.rate, remaining_tokens=3000), ASK).short_s
 
-    calm = 0.85 * 0.92 * 1000.0
+    calm = 0.8 * 0.92 * 1000.0
     assert short(0.99 * calm) == 0.0
     # Twice as much: half of the three seconds of work.
     assert short(2.0 * calm) == pytest.approx(1.5)
@@ -109,14 +111,37 @@ def test_what_a_new_replica_has_not_measured_is_what_others_have():
     new = view(capacity=0.0, prefill_s=0.0, load_s=0.0)
     assert not outlook(new, ASK).measured and outlook(view(), ASK).measured
     assert outlook(new, replace(ASK, prompt_tokens=1)).score < outlook(new, ASK).score
-    assert outlook(new, ASK, Speeds(1000.0, 1e-3, 1e-4)) == outlook(view(), ASK)
+    assert outlook(new, ASK, SPEEDS) == outlook(view(), ASK)
+
+
+def test_among_overloaded_replicas_prompts_are_spread_before_rates():
+    many_rates = view(rate=20_000.0, remaining_tokens=0)
+    few_rates = view(rate=10_000.0, remaining_tokens=0, queued_tokens=300)
+    assert outlook(many_rates, ASK).score < outlook(few_rates, ASK).score
+    # Where there is room for both, rates are spread.
+    assert outlook(view(rate=800.0), ASK).score > outlook(view(queued_tokens=100), ASK).score
+
+
+def test_readers_are_promised_what_can_be_kept_not_what_a_full_device_makes():
+    asked = view(rate=600.0, remaining_tokens=1000)
+    fast = view(rate=600.0, remaining_tokens=1000, kept_rates=500.0)
+    assert outlook(asked, ASK).utilisation < 1 < outlook(fast, ASK).utilisation
+    assert outlook(asked, ASK).short_s == 0 < outlook(fast, ASK).short_s
 
 
 def test_small_differences_of_measured_speeds_draw_nobody():
-    speeds = Speeds(1000.0, 1e-3, 1e-4)
+    speeds = SPEEDS
     assert outlook(view(prefill_s=0.6e-3, capacity=1900.0), ASK, speeds) == outlook(view(), ASK)
     assert outlook(view(prefill_s=0.4e-3), ASK, speeds).ttft_s == pytest.approx(0.04)
     assert outlook(view(prefill_s=3e-3), ASK, speeds).ttft_s == pytest.approx(0.3)
+
+
+def test_a_replica_that_was_busy_with_other_things_is_not_taken_for_a_slow_one():
+    speeds = Speeds(1000.0, 2e-3, 1e-3, 1e-4, LOAD_FACTOR * 1000.0)
+    busy = view(prefill_s=9e-3, step_prefill_s=1.1e-3)
+    assert outlook(busy, ASK, speeds).ttft_s == pytest.approx(0.2)
+    slow = view(prefill_s=2e-3, step_prefill_s=4e-3)
+    assert outlook(slow, ASK, speeds).ttft_s == pytest.approx(0.8)
 
 
 def test_kv_saves_its_prefill_on_its_replica_and_less_the_load_on_its_node():

@@ -13,6 +13,8 @@ from tokenflow.replicas.scheduler.capacity import (
     Load,
     assess,
     capacity,
+    full_capacity,
+    kept_rates,
     reference_rates,
     sustained,
     unpromised,
@@ -30,7 +32,10 @@ def tracker_of(*sequences) -> Tracker:
 def test_nothing_known_and_nobody_there_means_no_limit():
     tracker = tracker_of(sequence("a"))
     assert capacity(tracker, CostModel(), 400, 64) == math.inf
-    assert capacity(tracker_of(), taught(**LINEAR), 400, 64) == math.inf
+    assert kept_rates(tracker, CostModel(), 400, 64, tracker.limit, 1.0) == math.inf
+    empty = tracker_of()
+    assert capacity(empty, taught(**LINEAR), 400, 64) == math.inf
+    assert kept_rates(empty, taught(**LINEAR), 400, 64, empty.limit, 1.0) == math.inf
 
 
 def test_prompts_that_keep_coming_take_their_part_of_it():
@@ -50,6 +55,45 @@ def test_it_is_taken_at_the_context_of_the_average_remaining_token():
     tracker = tracker_of(*[sequence(f"{i}", prompt=8, max_tokens=100) for i in range(4)])
     expected = 4 / (0.02 + 4 * 0.001 + 4 * 58 * 1e-5)
     assert capacity(tracker, cost, 1_000_000, 64) == pytest.approx(expected, rel=1e-3)
+
+
+def kept(
+    rate: float, prompts_per_output: float = 0.0, *, paused: int = 0, others: int = 0
+) -> float:
+    """Of streams of 8 to 108 tokens, 64 places, a step of 20 ms and 1.6 ms for each."""
+    readers = [sequence(f"{i}", prompt=8, max_tokens=100, rate=rate) for i in range(3)]
+    more = [sequence(f"p{i}", prompt=8, max_tokens=100, rate=1000.0) for i in range(paused)]
+    for seq in more:
+        seq.playback.pause(0.0)
+    more += [sequence(f"o{i}", prompt=8, max_tokens=100, rate=NO_READER) for i in range(others)]
+    tracker = tracker_of(*readers, *more)
+    cost = taught(**LINEAR, prefill=0.001)
+    return kept_rates(tracker, cost, 1_000_000, 64, tracker.limit, prompts_per_output)
+
+
+def test_the_rates_that_can_be_kept_are_those_of_as_many_as_fit_into_a_step():
+    # n readers at 20 tokens/s: a step over all n takes 0.92 of their 50 ms.
+    n = (LOAD_FACTOR / 20 - 0.02) / (0.001 + 58e-5)
+    assert kept(20.0) == pytest.approx(20 * n, rel=1e-3)
+    # With two prompt tokens for each of an output, n of those are computed beside a step.
+    cost = taught(**LINEAR, prefill=0.001)
+    n = (0.97 / 20 - 0.02) / (0.001 + 58e-5 + 2 * cost.prefill_s(1))
+    assert kept(20.0, 2.0) == pytest.approx(20 * n, rel=1e-3)
+
+
+def test_of_slow_readers_a_full_device_is_kept_busy():
+    cost = taught(**LINEAR)
+    tracker = tracker_of(sequence("a", prompt=8, max_tokens=100))
+    full = full_capacity(tracker, cost, 1_000_000, 64, tracker.limit)
+    assert kept(2.0) == pytest.approx(LOAD_FACTOR * full)
+
+
+def test_one_who_reads_faster_than_anything_is_promised_what_there_is():
+    assert kept(1000.0) == pytest.approx(LOAD_FACTOR / (0.02 + 0.00158), rel=1e-3)
+
+
+def test_who_pauses_or_does_not_read_is_not_among_the_readers():
+    assert kept(20.0, paused=3, others=3) == pytest.approx(kept(20.0))
 
 
 def test_what_has_few_tokens_to_come_counts_little():
