@@ -27,9 +27,9 @@ from tokenflow.cluster.routing import (
     ReplicaView,
     Work,
     foresee,
+    kept_rates,
 )
 from tokenflow.replicas.load import LoadReport
-from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 _REMEMBERED = 4096
 """Replicas that are gone, and requests that ended before they were placed, that are remembered."""
@@ -205,7 +205,7 @@ class ReplicaRegistry:
         """Tokens/s that all replicas together may promise; 0 while nothing is measured."""
         with self._lock:
             known = (self._views[name].report for name in self._replicas if name in self._views)
-            return LOAD_FACTOR * sum(report.capacity for report in known)
+            return sum(map(kept_rates, known))
 
     @contextlib.contextmanager
     def reserve(self, asks: Iterable[Ask]) -> Iterator[None]:

@@ -146,11 +146,12 @@ def typical_speeds(reports: Iterable[LoadReport]) -> Speeds | None:
         median_low(r.prefill_s for r in known),
         median_low(_step_prefill_s(r) for r in known),
         median_low(r.load_s for r in known),
-        median_high(_kept_rates(r) for r in known),
+        median_high(kept_rates(r) for r in known),
     )
 
 
-def _kept_rates(report: LoadReport) -> float:
+def kept_rates(report: LoadReport) -> float:
+    """The sum of rates, tokens/s, that a replica may promise; 0 while it has measured nothing."""
     return report.kept_rates or LOAD_FACTOR * report.capacity
 
 
@@ -206,7 +207,7 @@ def outlook(
     measured = speeds is not None
     speeds = speeds or _GUESS
     capacity = _told_apart(report.capacity or speeds.capacity, speeds.capacity)
-    kept_rates = _told_apart(_kept_rates(report) or speeds.kept_rates, speeds.kept_rates)
+    kept = _told_apart(kept_rates(report) or speeds.kept_rates, speeds.kept_rates)
     # Devices differ by what they take for a prompt token. What passed on the clock depends on what
     # else a replica had to do just then, and of few prompts it says little.
     own = _told_apart(_step_prefill_s(report) or speeds.step_prefill_s, speeds.step_prefill_s)
@@ -220,7 +221,7 @@ def outlook(
     rate = report.rate + more.rate + ask.rate
     kv = report.kv_tokens + more.prompt_tokens + output
     kv += ask.prompt_tokens + min(ask.output_tokens, expected)
-    rates = rate / kept_rates
+    rates = rate / kept
     memory = kv / report.memory_tokens if report.memory_tokens else 0.0
     device = kv / report.device_tokens if report.device_tokens else memory
     # A reader who is promised nothing begins all the same where the device has room for him.
