@@ -61,12 +61,13 @@ def share_step(
     """Who of `rows` takes part in the step, prompts in the order in which they are served, and the
     most prompt tokens it carries, `limit` at most.
 
-    Prompts of favoured ones have a step to themselves and those who cannot wait for the next one.
-    Else prompts come, few at a time, in the order in which they would end if every tenant had an
-    equal part of the device [fair sojourns: Friedman and Henderson 2003]; and while anybody is
-    favoured the others come as far as a short step carries them, who needs a token first. Shapes:
-    `favoured` [len(tracker)]; `pending`, tokens without KV, `slack_s`, how long each stream can do
-    without a token, and whether it `can_wait` for longer, [len(rows)].
+    Prompts of favoured ones have a step to themselves and those who cannot wait for the next one,
+    but for a block of another's prompt. Else prompts come, few at a time, in the order in which
+    they would end if every tenant had an equal part of the device [fair sojourns: Friedman and
+    Henderson 2003]; and while anybody is favoured the others come as far as a short step carries
+    them, who needs a token first. Shapes: `favoured` [len(tracker)]; `pending`, tokens without KV,
+    `slack_s`, how long each stream can do without a token, and whether it `can_wait` for longer,
+    [len(rows)].
     """
     per_token = view.cost.prefill_s(1)
     if per_token <= 0:
@@ -83,6 +84,9 @@ def share_step(
         until_s = tokens * per_token + 2 * _decode_s(view, decodes)
         patience_s = np.where(can_wait, np.inf, slack_s)
         patience_s = np.where(ours, patience_s, waits_s + _OTHERS_WAIT_S)
+        if len(prompts) > np.count_nonzero(prompt & own):
+            # However many favoured ones come, another's prompt gets on.
+            tokens += view.block_size
         return np.concatenate([prompts, decodes[patience_s < until_s]]), tokens
     share = _MOST_SHARE
     if favoured.any():

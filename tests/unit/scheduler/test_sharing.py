@@ -66,8 +66,9 @@ def test_a_first_token_has_its_step_to_itself_and_those_who_cannot_wait():
         prompt("q", "quiet", arrival_s=5.0),
     ]
     made = plan(situation(*device, *waiting_flood(), total=200, free=0))
-    # Readers of a tenant that has its share do without a token for half a second.
-    assert batch(made) == {"q": 40, "dry": 1, "own thin": 1}
+    # Readers of a tenant that has its share do without a token for half a second, and its prompts
+    # get on by a block.
+    assert batch(made) == {"q": 40, "f": 4, "dry": 1, "own thin": 1}
 
 
 def test_a_long_first_prompt_is_cut_and_still_shares_its_steps_with_nobody():
@@ -77,8 +78,8 @@ def test_a_long_first_prompt_is_cut_and_still_shares_its_steps_with_nobody():
         prompt("q", "quiet", 120, arrival_s=5.0, max_tokens=20),
     ]
     made = plan(situation(*device, *waiting_flood(), total=200, free=0))
-    # As long as a reader takes for a token, 0.1 s, of which decoding needs 0.02 s.
-    assert batch(made) == {"q": 81}
+    # As long as a reader takes for a token, 0.1 s, of which decoding needs 0.02 s; and a block.
+    assert batch(made) == {"q": 85}
 
 
 def test_between_first_tokens_steps_carry_few_prompt_tokens_of_others():
@@ -155,7 +156,7 @@ def test_prompts_that_have_not_begun_make_room_at_once():
     made = plan(situation(*flood, quiet, *waiting_flood(), free=2))
     assert victims(made) == ["f3"]
     assert names(made.admit) == ["q"]
-    assert batch(made) == {"q": 40}
+    assert batch(made) == {"q": 40, "f0": 4}
 
 
 def test_a_first_token_does_not_wait_for_copies():
