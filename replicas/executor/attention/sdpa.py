@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from tokenflow.replicas.executor.attention.base import PackedStep
 from tokenflow.replicas.executor.attention.pool import KVPool
@@ -13,6 +15,8 @@ from tokenflow.replicas.executor.transfer import upload
 
 _TILE_SCORES = 1 << 21
 """Scores at once of a prefill chunk: a few MiB, which stay in the cache."""
+_GROUP_BLOCKS = 96
+"""Blocks of one head that are gathered in the time that one more group of decodes costs a CPU."""
 
 
 class SdpaAttention:
@@ -30,19 +34,24 @@ class SdpaAttention:
         first = step.num_prefills
         seen = step.starts + step.lengths
         blocks = (seen - 1) // block_size + 1
-        wide = int(blocks[first:].max(initial=0))
-        places, decode_tables, decode_seen, *tables = upload(
+        groups = [np.arange(first, len(seen))]
+        if device.type == "cpu" and first < len(seen):
+            most = _GROUP_BLOCKS // pool.layout.kv_heads
+            groups = [first + group for group in like_lengths(blocks[first:], most)]
+        places, order, *rest = upload(
             [
                 step.places,
-                step.block_tables[first:, :wide],
-                seen[first:],
+                np.argsort(np.concatenate(groups), kind="stable"),
                 *(step.block_tables[k : k + 1, : blocks[k]] for k in range(first)),
+                *(step.block_tables[group, : blocks[group].max(initial=0)] for group in groups),
+                *(seen[group] for group in groups),
+                *(group - first for group in groups),
             ],
             device,
         )
         batch = SdpaBatch(pool, pool.token_rows(places))
         at = 0
-        for k, table in enumerate(tables):
+        for k, table in enumerate(rest[:first]):
             length, context = int(step.lengths[k]), int(step.starts[k])
             mask = chunk_mask(length, context, self._window, device)
             batch.prefills.append(
@@ -50,15 +59,24 @@ class SdpaAttention:
             )
             at += length
         if first < len(seen):
-            batch.decodes = self._decodes(at, decode_seen, decode_tables)
+            n = len(groups)
+            decodes = rest[first:]
+            for tables, lengths, index in zip(
+                decodes[:n], decodes[n : 2 * n], decodes[2 * n :], strict=True
+            ):
+                queries = slice(at, None) if n == 1 else at + index
+                batch.decodes.append(self._decodes(queries, lengths, tables))
+            batch.order = order if n > 1 else None
         return batch
 
     def prepare_decode(self, positions: torch.Tensor, tables: torch.Tensor) -> SdpaBatch:
         pool = self._pool
         rows = pool.token_rows(pool.places(positions, tables))
-        return SdpaBatch(pool, rows, decodes=self._decodes(0, positions + 1, tables))
+        return SdpaBatch(pool, rows, decodes=[self._decodes(slice(None), positions + 1, tables)])
 
-    def _decodes(self, start: int, seen: torch.Tensor, tables: torch.Tensor) -> DecodeBatch:
+    def _decodes(
+        self, queries: slice | torch.Tensor, seen: torch.Tensor, tables: torch.Tensor
+    ) -> DecodeBatch:
         """`seen`: tokens each sequence attends to, its own included, without a window."""
         pool = self._pool
         tokens = tables.shape[1] * pool.layout.block_size
@@ -69,7 +87,7 @@ class SdpaAttention:
         bias = torch.zeros(hidden.shape, dtype=pool.data.dtype, device=seen.device)
         bias.masked_fill_(hidden, float("-inf"))
         bias = bias.repeat_interleave(pool.layout.kv_heads, 0)[:, None]
-        return DecodeBatch(start, pool.block_rows(tables), bias)
+        return DecodeBatch(queries, pool.block_rows(tables), bias)
 
 
 @dataclass(slots=True)
@@ -100,10 +118,10 @@ class _Tile:
 
 @dataclass(slots=True)
 class DecodeBatch:
-    """The sequences with one query each."""
+    """Sequences with one query each."""
 
-    start: int
-    """Index of the first one in the packed batch."""
+    queries: slice | torch.Tensor
+    """Theirs in the packed batch, or int64 indices of them."""
     rows: torch.Tensor
     """`KVPool.block_rows` of their block tables, which are padded with any block."""
     bias: torch.Tensor
@@ -119,7 +137,10 @@ class SdpaBatch:
     write_rows: torch.Tensor
     """`KVPool.token_rows` of the step's tokens."""
     prefills: list[PrefillChunk] = field(default_factory=list)
-    decodes: DecodeBatch | None = None
+    decodes: list[DecodeBatch] = field(default_factory=list)
+    """Groups of like lengths: each is padded to its longest."""
+    order: torch.Tensor | None = None
+    """Where each sequence's answer is among those of all groups; None where that is its place."""
 
     def attend(
         self,
@@ -133,8 +154,10 @@ class SdpaBatch:
         parts = [
             _prefill(query, key, value, chunk, self.pool, layer, scale) for chunk in self.prefills
         ]
-        if self.decodes is not None:
-            parts.append(_decode(query, self.decodes, self.pool, layer, scale))
+        decoded = [_decode(query, group, self.pool, layer, scale) for group in self.decodes]
+        if self.order is not None:
+            decoded = [torch.cat(decoded).index_select(0, self.order)]
+        parts += decoded
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -206,7 +229,7 @@ def _cut(chunk: PrefillChunk, heads: int, group: int, like: torch.Tensor) -> lis
 def _decode(
     query: torch.Tensor, decodes: DecodeBatch, pool: KVPool, layer: int, scale: float
 ) -> torch.Tensor:
-    q = query[decodes.start :]
+    q = query[decodes.queries]
     k, v = pool.read(decodes.rows, layer)
     # The heads of one KV group become rows of one query: no repeated K and V.
     grouped = q.reshape(k.shape[0], -1, q.shape[2])
@@ -222,6 +245,25 @@ def _attend(
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return torch.bmm(weights, v)
+
+
+def like_lengths(blocks: NDArray[np.integer], group_blocks: int) -> list[NDArray[np.intp]]:
+    """Sequences in groups, the longest first, such that padding each group to its longest gathers
+    few blocks for nothing; one more group costs as much as `group_blocks` of them. `blocks` are
+    those of each sequence, shape `[sequences]`; in the answer every index is once, and in order
+    where all are one group."""
+    groups = []
+    rest = [np.argsort(-blocks, kind="stable")]
+    while rest:
+        group = rest.pop()
+        lengths = blocks[group]
+        saved = (lengths[0] - lengths) * (len(group) - np.arange(len(group)))
+        cut = int(saved.argmax())
+        if saved[cut] > group_blocks:
+            rest += [group[cut:], group[:cut]]
+        else:
+            groups.append(group)
+    return groups if len(groups) > 1 else [np.arange(len(blocks))]
 
 
 def chunk_mask(

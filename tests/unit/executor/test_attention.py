@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.paged import RAGGED, Sequence, Setup, plain_attention
 from tokenflow.replicas.executor.attention import sdpa
 from tokenflow.replicas.executor.attention.pool import KVPool
-from tokenflow.replicas.executor.attention.sdpa import chunk_mask
+from tokenflow.replicas.executor.attention.sdpa import chunk_mask, like_lengths
 from tokenflow.replicas.executor.base import KVLayout
 
 CPU = torch.device("cpu")
@@ -91,6 +92,29 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(chunks, window):
         )
         start = end
     torch.testing.assert_close(torch.cat(parts), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("least", [0, 3, 1000])
+@pytest.mark.parametrize("window", [None, 7])
+def test_decodes_may_be_padded_in_groups_of_like_lengths(least, window, monkeypatch):
+    monkeypatch.setattr(sdpa, "_GROUP_BLOCKS", least)
+    contexts = [3, 90, 5, 41, 88, 1, 40]
+    setup = Setup([(0, 6), (9, 4), *((n, 1) for n in contexts)], kv_heads=2, window=window)
+    torch.testing.assert_close(setup.run(), setup.expected(), atol=2e-5, rtol=1e-4)
+
+
+def padded(blocks: list[int], group_blocks: int) -> int:
+    groups = like_lengths(np.array(blocks), group_blocks)
+    assert sorted(np.concatenate(groups)) == list(range(len(blocks)))
+    return sum(max(blocks[i] for i in group) * len(group) for group in groups)
+
+
+def test_groups_are_made_where_they_save_more_than_they_cost():
+    assert [list(g) for g in like_lengths(np.array([5, 4, 5, 3]), 8)] == [[0, 1, 2, 3]]
+    assert padded([2, 50, 3, 50, 2], 20) == 100 + 9
+    assert padded([2, 50, 3, 50, 2], 500) == 250
+    assert padded([1, 10, 100, 10, 1], 5) == 100 + 20 + 2
+    assert padded([7], 0) == 7
 
 
 def test_two_sequences_read_the_same_cached_prefix():
