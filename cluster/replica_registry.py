@@ -120,6 +120,13 @@ class ReplicaRegistry:
                     assigned.reported = True
                     view.unreported.add(assigned.ask, -1)
 
+    def confirm(self, replica: str) -> None:
+        """The replica has spoken and has no news: what it reported last still holds."""
+        with self._lock:
+            view = self._views.get(replica)
+            if view is not None:
+                view.received_s = self._clock()
+
     def report_from_serve(self, replica: str, stats: Mapping[str, Any]) -> None:
         """What a replica's `record_routing_stats` gave: it comes again and again, and is news only
         when it changes. Raises TypeError when it holds no report."""

@@ -27,6 +27,8 @@ _HEADROOM_S = 0.2
 """Seconds that a full replica is worse than an empty one where the first token is as near."""
 _NOISE = 2.0
 """Measured speeds that differ by less than that factor are taken to be equal."""
+_FEW = 32
+"""After so many requests, what a replica has measured counts for half."""
 _CALM = 0.8
 """Of the rates that can be promised, what can be kept although prompts come in at random: at more,
 somebody's text pauses now and then."""
@@ -159,10 +161,14 @@ def _step_prefill_s(report: LoadReport) -> float:
     return report.step_prefill_s or report.prefill_s
 
 
-def _told_apart(own: float, typical: float) -> float:
-    """What a replica measured, where it differs from the others by more than chance. Otherwise the
-    one that measured a little better would draw all requests."""
-    return own if own * _NOISE < typical or own > typical * _NOISE > 0 else typical
+def _told_apart(own: float, typical: float, requests: int) -> float:
+    """What a replica measured with so many requests, where it differs from the others by more than
+    chance. Otherwise the one that measured a little better would draw all requests, and one that
+    was cold or disturbed at its first few would get no more of them to learn better."""
+    if own <= 0 or typical <= 0:
+        return typical
+    own = typical * (own / typical) ** (requests / (requests + _FEW))
+    return own if own * _NOISE < typical or own > typical * _NOISE else typical
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +212,12 @@ def outlook(
     speeds = speeds or typical_speeds([report])
     measured = speeds is not None
     speeds = speeds or _GUESS
-    capacity = _told_apart(report.capacity or speeds.capacity, speeds.capacity)
-    kept = _told_apart(kept_rates(report) or speeds.kept_rates, speeds.kept_rates)
+    n = report.requests
+    capacity = _told_apart(report.capacity, speeds.capacity, n)
+    kept = _told_apart(kept_rates(report), speeds.kept_rates, n)
     # Devices differ by what they take for a prompt token. What passed on the clock depends on what
     # else a replica had to do just then, and of few prompts it says little.
-    own = _told_apart(_step_prefill_s(report) or speeds.step_prefill_s, speeds.step_prefill_s)
+    own = _told_apart(_step_prefill_s(report), speeds.step_prefill_s, n)
     prefill_s = speeds.prefill_s * own / speeds.step_prefill_s
     queued = report.queued_tokens + more.prompt_tokens + ask.prompt_tokens
     prefill = queued * prefill_s - _saved_s(view, ask, prefill_s, report.load_s or speeds.load_s)

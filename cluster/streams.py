@@ -412,6 +412,8 @@ class StreamManager:
                 events, notices, news = unpack(frame)
                 if news is not None:
                     REGISTRY.report(replica_id, news.report, news.request_ids)
+                else:
+                    REGISTRY.confirm(replica_id)
                 for event in events:
                     self._take(event)
                 for notice in notices:

@@ -143,7 +143,10 @@ async def test_a_lost_node_costs_no_stream(nodes):
         front = set(nodes.actors("ServeReplica:tokenflow:ingress"))
         assert front, "the ingress must outlive the node that is lost"
         lost = next(node for node in nodes.node_ids if node not in front)
+        until(lambda: len(nodes.by_replica("tokenflow_running_requests")) == 2)
         running = await reader.under_way(8, 6)
+        placed = nodes.by_replica("tokenflow_running_requests")
+        assert all(placed.values()), placed
         failovers = nodes.metric("tokenflow_failovers_total")
         nodes.kill_node(lost)
         assert await asyncio.gather(*running) == (alone * 3)[:8]

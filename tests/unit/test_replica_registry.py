@@ -86,6 +86,19 @@ def test_statistics_that_come_again_unchanged_do_not_make_a_replica_look_alive()
         made.report_from_serve("a", {"load": (1, 2)})
 
 
+def test_a_heartbeat_without_news_keeps_what_was_reported_last():
+    clock = Clock()
+    made = ReplicaRegistry(clock, random.Random(1))
+    made.update({"idle": "n", "busy": "m"})
+    made.report("idle", REPORT)
+    clock.now = 60.0
+    made.report("busy", replace(REPORT, number=9, active=90, queued_tokens=9000))
+    made.confirm("idle")
+    made.confirm("unheard of")
+    assert made.assign("x", ASK, ["busy", "idle"])[0] == "idle"
+    assert made.snapshot()["idle"].report == REPORT
+
+
 def test_a_replica_that_is_gone_is_forgotten_with_its_last_request_but_not_its_node():
     made = registry("ab")
     made.assign("x", ASK, "a")

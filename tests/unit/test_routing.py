@@ -25,6 +25,7 @@ from tokenflow.replicas.scheduler.capacity import LOAD_FACTOR
 
 MEASURED = LoadReport(
     number=1,
+    requests=10**9,
     capacity=1000.0,
     prefill_s=1e-3,
     load_s=1e-4,
@@ -142,6 +143,20 @@ def test_a_replica_that_was_busy_with_other_things_is_not_taken_for_a_slow_one()
     assert outlook(busy, ASK, speeds).ttft_s == pytest.approx(0.2)
     slow = view(prefill_s=2e-3, step_prefill_s=4e-3)
     assert outlook(slow, ASK, speeds).ttft_s == pytest.approx(0.8)
+
+
+def test_a_replica_that_began_badly_is_given_another_chance():
+    known = fleet(view("a"), view("new", prefill_s=9e-3, kept_rates=100.0, requests=4))
+    router = ROUTERS["burst"](random.Random(1))
+    placed: Counter[str] = Counter()
+    for _ in range(8):
+        best = router.rank(ASK, list(known), known, 0.0)[0]
+        known[best].unreported.add(ASK)
+        placed[best] += 1
+    assert placed == {"a": 4, "new": 4}
+    # With every request it is believed a little more.
+    seen = [outlook(view(prefill_s=9e-3, requests=n), ASK, SPEEDS).ttft_s for n in (4, 32, 10**9)]
+    assert seen == pytest.approx([0.1, 0.3, 0.9], rel=1e-3)
 
 
 def test_kv_saves_its_prefill_on_its_replica_and_less_the_load_on_its_node():
