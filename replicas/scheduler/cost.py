@@ -18,6 +18,13 @@ _FORGET = 0.995
 
 _REFIT = 8
 """The line is fitted anew after that many steps."""
+_ROUGH = 0.6
+"""Of its duration, by how much a single step is taken to vary; of more of them less is supposed and
+more is known."""
+_SURE = 2.0
+"""Standard errors that an estimate has to be above 0, and by which it is lowered."""
+_LEAST_SPREAD = 1e-9
+"""Of a feature's square, the least variance that is not taken for rounding."""
 
 
 class _Mean:
@@ -45,12 +52,14 @@ class CostModel:
         "_observed",
         "_offload",
         "_prefill",
+        "_square",
     )
 
     def __init__(self) -> None:
         # Exponentially weighted normal equations over (1, sequences, context tokens).
         self._gram = np.zeros((3, 3))
         self._moment = np.zeros(3)
+        self._square = 0.0
         self._coefficients = (0.0, 0.0, 0.0)
         self._observed = 0
         self._prefill = _Mean()
@@ -68,9 +77,10 @@ class CostModel:
             self._gram += np.outer(x, x)
             self._moment *= _FORGET
             self._moment += x * seconds
+            self._square = self._square * _FORGET + seconds * seconds
             self._observed += 1
             if self._observed <= _REFIT or self._observed % _REFIT == 0:
-                self._coefficients = _fit(self._gram, self._moment)
+                self._coefficients = _fit(self._gram, self._moment, self._square)
         else:
             base = self.step_s(decodes, context_tokens) if decodes else 0.0
             self._prefill.add(max(seconds - base, 0.0) / prefill_tokens, prefill_tokens)
@@ -132,26 +142,63 @@ class LinkCost:
         return self._overhead.value + self._block.value * blocks
 
 
-def _fit(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> tuple[float, float, float]:
+def _fit(
+    gram: NDArray[np.float64], moment: NDArray[np.float64], square: float
+) -> tuple[float, float, float]:
     """Least squares with no coefficient below 0: the worst offender is dropped until none is.
 
-    What the observations do not tell apart (one batch size only, say) falls to the fixed part.
+    A slope counts by what is certain of it, the estimate less its error (`_SURE`), and the rest
+    falls to the fixed part: what was seen is predicted as it was, and what a few noisy steps, or
+    steps that are all alike, seem to say of a full device is not believed.
     """
-    result = [0.0, 0.0, 0.0]
-    kept = [0, 1, 2]
     weight = gram[0, 0]
     if weight == 0:
         return (0.0, 0.0, 0.0)
-    scale = np.sqrt(np.maximum(np.diag(gram) / weight, 1e-300))
+    mean, moment = gram[0] / weight, moment / weight
+    fixed, kept = True, [1, 2]
     while kept:
-        index = np.ix_(kept, kept)
-        a = gram[index] / np.outer(scale[kept], scale[kept]) / weight
-        # A ridge on all but the fixed part keeps near-constant features from exploding.
-        a += np.diag([0.0 if k == 0 else 1e-7 for k in kept])
-        solution = np.linalg.solve(a, moment[kept] / scale[kept] / weight) / scale[kept]
-        if solution.min() >= 0:
-            for k, value in zip(kept, solution.tolist(), strict=True):
-                result[k] = value
-            break
-        kept.pop(int(np.argmin(solution * scale[kept])))
-    return (result[0], result[1], result[2])
+        centre = mean[kept] if fixed else np.zeros(len(kept))
+        slopes = _certain_slopes(
+            gram[np.ix_(kept, kept)] / weight - np.outer(centre, centre),
+            moment[kept] - centre * moment[0],
+            square / weight - (moment[0] ** 2 if fixed else 0.0),
+            np.sqrt(np.maximum(np.diag(gram)[kept] / weight, 1e-300)),
+            moment[0],
+            weight,
+        )
+        parts = slopes * mean[kept]
+        rest = float(moment[0] - parts.sum()) if fixed else 0.0
+        if rest >= 0 and slopes.min() >= 0:
+            result = [rest, 0.0, 0.0]
+            for k, slope in zip(kept, slopes.tolist(), strict=True):
+                result[k] = slope
+            return (result[0], result[1], result[2])
+        if rest < parts.min():
+            fixed = False
+        else:
+            kept.pop(int(np.argmin(parts)))
+    return (float(moment[0]), 0.0, 0.0)
+
+
+def _certain_slopes(
+    variance: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    total: float,
+    scale: NDArray[np.float64],
+    mean: float,
+    weight: float,
+) -> NDArray[np.float64]:
+    """Slopes over features with that `variance`, shape [k, k], and that `covariance` with what is
+    explained, shape [k], whose own variance is `total`, less their errors along each of their
+    principal axes: features that only come together share what they explain."""
+    spread, axes = np.linalg.eigh(variance / np.outer(scale, scale))
+    along = axes.T @ (covariance / scale)
+    spread = np.maximum(spread, _LEAST_SPREAD)
+    slopes = along / spread
+    unexplained = max(0.0, total - float(slopes @ along))
+    # Few steps that happen to lie on a line are not certain of it.
+    noise = unexplained * weight / max(weight - 3.0, 1.0) + (_ROUGH * mean) ** 2 / weight**3
+    error = _SURE * np.sqrt(noise / (weight * spread))
+    slopes = np.sign(slopes) * np.maximum(np.abs(slopes) - error, 0.0)
+    result: NDArray[np.float64] = axes @ slopes / scale
+    return result
