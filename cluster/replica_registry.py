@@ -169,8 +169,9 @@ class ReplicaRegistry:
                 if not ask.kv_node:
                     ask = replace(ask, kv_node=self.node_of(replica), kv_tokens=tokens)
             names = list(candidates)
-            order = self._router.rank(ask, names, self._views, self._clock())
-            order.sort(key=self._avoided.__contains__)
+            # Before ranking: of a trusted one nothing may be known yet.
+            trusted = [name for name in names if name not in self._avoided]
+            order = self._router.rank(ask, trusted or names, self._views, self._clock())
             if order and request_id not in self._ended:
                 self._count(request_id, ask, order[0])
                 self._prefixes.remember(keys, order[0])

@@ -35,6 +35,8 @@ from tokenflow.replicas.sampling.sampler import Drawn, draw
 
 _MOST_IN_GRAPH = 512
 """Decoding sequences; beyond them the kernels last longer than their launches."""
+_WARM_CPU = 256
+"""Context, in tokens, that a CPU is warmed up with: it compiles nothing for longer ones."""
 
 
 class _Packed(NamedTuple):
@@ -129,8 +131,7 @@ class TorchExecutor:
         self.num_blocks = num_blocks
         try:
             self._make_pool(spec, attention_backend, num_blocks)
-            if cuda:
-                self._warm_up(spec.max_model_len)
+            self._warm_up(spec.max_model_len if cuda else min(spec.max_model_len, _WARM_CPU))
             if decode_graphs or (decode_graphs is None and cuda and self._attention.name != "sdpa"):
                 self._graphs = self._capture(spec, max_num_seqs)
         except (torch.OutOfMemoryError, StepMemoryError) as error:

@@ -99,6 +99,16 @@ def test_a_heartbeat_without_news_keeps_what_was_reported_last():
     assert made.snapshot()["idle"].report == REPORT
 
 
+def test_an_avoided_replica_is_taken_only_where_there_is_no_other():
+    made = registry("ab", report=None)
+    made.report("a", REPORT)
+    made.avoid("a")
+    assert made.assign("x", ASK, "ab") == ["b"], "of which nothing is known yet"
+    assert made.assign("y", ASK, "a") == ["a"]
+    made.trust("a")
+    assert made.assign("z", ASK, "ab")[0] == "a"
+
+
 def test_a_replica_that_is_gone_is_forgotten_with_its_last_request_but_not_its_node():
     made = registry("ab")
     made.assign("x", ASK, "a")
