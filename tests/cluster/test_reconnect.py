@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 
+from tests.support.cluster_fixture import Server
 from tests.support.processes import ray_pids
 from tests.support.sse import Reading, begin, go_on, read
 from tokenflow.cluster.config import ClusterConfig
@@ -242,6 +243,23 @@ async def test_streams_outlive_their_ingress(two, client, stub):
     assert set(await asyncio.gather(*streams)) == {alone.text}
     for tokens in await asyncio.gather(*calls):
         assert tokens == alone_grpc
+    await asyncio.to_thread(settled, two)
+
+
+def settled(two: Server) -> None:
+    """Wait until both ingresses are there and no connection has failed for two seconds: the proxy
+    takes in a new one by restarting itself."""
+    deadline = time.monotonic() + 60
+    since = time.monotonic()
+    while time.monotonic() - since < 2:
+        assert time.monotonic() < deadline
+        try:
+            well = len(ray_pids(INGRESS)) == 2 and httpx.get(two.url + "/health").is_success
+        except httpx.HTTPError:
+            well = False
+        if not well:
+            since = time.monotonic()
+        time.sleep(0.05)
 
 
 async def test_a_running_request_is_changed_and_ended_by_its_id(two, client, stub):
