@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import repeat
 from typing import Protocol
 
 import numpy as np
@@ -144,7 +145,8 @@ class Policy(Protocol):
 def decode_batch(view: View, rows: IntArray) -> list[tuple[Sequence, int]]:
     """A step of `rows`, which all decode."""
     sequences = view.tracker.sequences
-    return [(sequences[row], 1) for row in rows[: view.max_batch_tokens].tolist()]
+    chosen = map(sequences.__getitem__, rows[: view.max_batch_tokens].tolist())
+    return list(zip(chosen, repeat(1)))
 
 
 def compose_batch(

@@ -143,8 +143,8 @@ class _Outlook:
             if self.length is tracker.limit:
                 longest = tracker.longest_first()
             else:
-                longest = np.argsort(-self.length, kind="stable")
-            ahead[longest[: int(np.searchsorted(np.cumsum(takes[longest]), spare))]] = True
+                longest = (-self.length).argsort(kind="stable")
+            ahead[longest[: int(takes[longest].cumsum().searchsorted(spare))]] = True
         ahead &= ~tracker.paused
         entitled = self.gains & (tracker.state == tracker.code(State.RUNNING))
         entitled |= ahead
@@ -318,7 +318,7 @@ class _Pass:
         unsynced = blocks - self.view.released_now(rests)
         covers = slack > 2 * (cost.offload_s(1) * unsynced + cost.load_s(1) * blocks)
         rests, slack = rests[covers], slack[covers]
-        rests = rests[np.argsort(-slack, kind="stable")]
+        rests = rests[(-slack).argsort(kind="stable")]
         if not self.favouring:
             return _Victims(self.view, rests, rows[:0], outlook)
         # For those they leave after a single token, too, but last.
@@ -327,7 +327,7 @@ class _Pass:
         yields &= ~outlook.favoured
         yields[rests] = False
         leaving = rows[yields[rows]][::-1]
-        leaving = leaving[np.argsort(~stayed[leaving], kind="stable")]
+        leaving = leaving[(~stayed[leaving]).argsort(kind="stable")]
         return _Victims(self.view, rests, leaving, outlook)
 
     def _evict_for(self, row: int, blocks: int, only_held: bool, victims: _Victims) -> list[int]:
@@ -348,10 +348,10 @@ class _Pass:
             leaves |= victims.slack_s >= floor
         leaves[victims.rests :] = favoured
         leaves &= victims.here
-        chosen = np.flatnonzero(leaves)
+        chosen = leaves.nonzero()[0]
         enough = int(needs_place)
         if missing > 0:
-            enough = int(np.searchsorted(np.cumsum(gives[chosen]), missing)) + 1
+            enough = int(gives[chosen].cumsum().searchsorted(missing)) + 1
         if not 0 < enough <= len(chosen):
             return []
         victims.here[chosen[:enough]] = False

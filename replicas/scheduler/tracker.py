@@ -236,14 +236,14 @@ class Tracker:
         """Rows of the sequences in `state`, ascending."""
         rows = self._rows.get(state)
         if rows is None:
-            rows = self._rows[state] = np.flatnonzero(self.state == CODES[state])
+            rows = self._rows[state] = (self.state == CODES[state]).nonzero()[0]
         return rows
 
     def running(self) -> IntArray:
         """Rows on the device, in the order they came onto it."""
         if self._running is None:
             rows = self.rows(State.RUNNING)
-            self._running = rows[np.argsort(self.entered[rows])]
+            self._running = rows[self.entered[rows].argsort()]
         return self._running
 
     def waiting(self) -> IntArray:
@@ -279,7 +279,7 @@ class Tracker:
         if self._claims is None:
             rows = self.in_turn()
             rows = rows[~self.paused[rows]]
-            self._claims = rows, np.cumsum(self.rate[rows] * ~self.elastic[rows])
+            self._claims = rows, (self.rate[rows] * ~self.elastic[rows]).cumsum()
         return self._claims
 
     @property
@@ -303,7 +303,7 @@ class Tracker:
     def longest_first(self) -> IntArray:
         """All rows, the highest limit first."""
         if self._longest_first is None:
-            self._longest_first = np.argsort(-self.limit, kind="stable")
+            self._longest_first = (-self.limit).argsort(kind="stable")
         return self._longest_first
 
     def count(self, state: State) -> int:
