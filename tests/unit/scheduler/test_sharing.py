@@ -21,7 +21,7 @@ from tests.support.views import (
 from tokenflow.replicas.request import Sequence
 from tokenflow.replicas.scheduler.policy import Plan, View
 from tokenflow.replicas.scheduler.sharing import within_share
-from tokenflow.replicas.scheduler.slack import SlackPolicy
+from tokenflow.replicas.scheduler.slack import SlackParams, SlackPolicy
 
 COST = {"fixed": 0.02, "prefill": 0.00098, "load": 1e-5, "offload": 1e-5}
 
@@ -31,7 +31,8 @@ def situation(*sequences: Sequence, **more) -> View:
 
 
 def plan(view: View) -> Plan:
-    return SlackPolicy().plan(view, NOW)
+    params = SlackParams(resume_slack_s=1.0, victim_slack_s=2.0, margin_s=1.0)
+    return SlackPolicy(params).plan(view, NOW)
 
 
 def stream(name: str, tenant: str, slack_s: float = 1.0, **more) -> Sequence:

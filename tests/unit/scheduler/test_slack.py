@@ -26,9 +26,12 @@ from tokenflow.replicas.scheduler.lengths import OutputLengths
 from tokenflow.replicas.scheduler.policy import Plan, Preempt, View
 from tokenflow.replicas.scheduler.slack import SlackParams, SlackPolicy
 
+THRESHOLDS = {"resume_slack_s": 1.0, "victim_slack_s": 2.0, "margin_s": 1.0}
+"""Not the defaults: whatever those are, the rules hold."""
+
 
 def plan(situation: View, **params: float) -> Plan:
-    return SlackPolicy(SlackParams(**params)).plan(situation, NOW)
+    return SlackPolicy(SlackParams(**{**THRESHOLDS, **params})).plan(situation, NOW)
 
 
 def running(name: str, slack_s: float, **more) -> Sequence:
@@ -560,6 +563,6 @@ def test_plans_do_not_depend_on_the_order_of_the_rows():
 
 
 def test_a_policy_remembers_nothing():
-    policy = SlackPolicy()
+    policy = SlackPolicy(SlackParams(**THRESHOLDS))
     situation = view(running("full", 6.0), running("thin", 0.5), late_one(), free=0)
     assert policy.plan(situation, NOW) == policy.plan(situation, NOW)
