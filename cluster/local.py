@@ -35,7 +35,7 @@ from tokenflow.replicas.tokenizer import check_tokenizer
 HEADER_TIMEOUT_S = 10
 """Longest time that the head of a request may take; then its connection is closed."""
 _ANSWER_TIMEOUT_S = 60.0
-_STEADY_S = 1.0
+_STEADY_S = 2.0
 _PORTS = 100
 """Kept for the servers of one cluster's ingresses."""
 _PORT_RANGE = (20_000, 30_000)

@@ -58,9 +58,9 @@ _PREFILL_SHARE = 4.0
 class SlackParams:
     """Tunables; seconds where the name says so."""
 
-    resume_slack_s: float = 0.5
-    victim_slack_s: float = 1.0
-    margin_s: float = 0.5
+    resume_slack_s: float = 1.0
+    victim_slack_s: float = 2.0
+    margin_s: float = 1.0
     refill: float = 0.25
     """Share of the useful buffer that must be missing before a stream displaces a held one."""
     late_reserve: float = 0.5
