@@ -27,7 +27,7 @@ from tokenflow.replicas.scheduler.policy import Plan, Preempt, View
 from tokenflow.replicas.scheduler.slack import SlackParams, SlackPolicy
 
 THRESHOLDS = {"resume_slack_s": 1.0, "victim_slack_s": 2.0, "margin_s": 1.0}
-"""Not the defaults: whatever those are, the rules hold."""
+"""Written out here: the rules hold whatever the defaults are."""
 
 
 def plan(situation: View, **params: float) -> Plan:
